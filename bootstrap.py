@@ -1,0 +1,55 @@
+"""Intervals for scores: the percentile bootstrap over questions, seeded, so that a table is the same each time it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of per-question scores (or of paired differences) and its two-sided interval at `level`."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    level: float = 0.95
+
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def mean_interval(scores: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Bootstrap interval of the mean of `scores` (one per question), Efron & Tibshirani 1993, percentile method."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("an interval needs at least one score")
+    rng = np.random.default_rng(seed)
+    means = np.concatenate([_resampled_means(values, rng, n) for n in _chunks(values.size)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high), values.size, level)
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of mean(ours - theirs), resampling questions: both lists hold the same questions in the same order."""
+    if len(ours) != len(theirs):
+        raise ValueError(f"paired scores need the same questions, got {len(ours)} and {len(theirs)}")
+    return mean_interval(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64), level, seed)
+
+
+def _resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    return values[rng.integers(0, values.size, size=(resamples, values.size))].mean(axis=1)
+
+
+def _chunks(size: int) -> list[int]:
+    """RESAMPLES split so that one draw holds at most about 8M indices."""
+    step = max(1, min(RESAMPLES, 8_000_000 // size))
+    return [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]

@@ -1,0 +1,23 @@
+"""Progress on stderr: a bar for anything that takes over two seconds, so that results on stdout stay clean."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def bar(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
+    """Iterate over `items` with a bar that appears after two seconds; `done` of `total` count as finished before."""
+    # Into a file or a log, redrawing ten times a second would be noise.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    yield from tqdm(items, desc=label, total=total, initial=done, delay=2, mininterval=interval, dynamic_ncols=True, file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """One line of news on stderr."""
+    tqdm.write(message, file=sys.stderr)

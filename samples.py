@@ -1,0 +1,201 @@
+"""Reading questions about images, in the formats people already have.
+
+A sample is one question: JSONL lines and parquet rows hold id, images, question, answer, metric, choices; also read are chat
+`messages`, LLaVA's `conversations` json and VLMEvalKit's TSV files. Image paths are relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+METRICS = ("exact", "relaxed", "anls", "choice", "contains")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about images; `answers` are all accepted, the first one is what training shows."""
+
+    id: str
+    images: tuple[Path | bytes, ...]
+    question: str
+    answers: tuple[str, ...] = ()
+    metric: str = "exact"
+    choices: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The user's text, the options of a multiple-choice question included; no chat template, no image tokens."""
+        if not self.choices:
+            return self.question
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        return f"{self.question}\n{options}\nAnswer with the letter."
+
+
+def read_samples(path: Path | str, limit: int | None = None, need_answers: bool = True) -> list[Sample]:
+    """Read the questions in `path`, chosen by its suffix: .jsonl, .json, .parquet or .tsv.
+
+    Raises DataError, naming file and row, for a missing file, a row without a question or (with `need_answers`) without an
+    answer, an unknown metric, or an id that occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no file of questions at {path}; expected a .jsonl, .json, .parquet or .tsv file there")
+    if path.suffix not in _READERS:
+        raise DataError(f"{path} ends in '{path.suffix}'; expected one of {', '.join(_READERS)}")
+    samples: list[Sample] = []
+    seen: set[str] = set()
+    for number, row in enumerate(_READERS[path.suffix](path), start=1):
+        sample = _sample(row, path, number, need_answers)
+        if sample.id in seen:
+            raise DataError(f"{path} row {number}: the id '{sample.id}' occurs twice; ids name rows in caches and reports, make them distinct")
+        seen.add(sample.id)
+        samples.append(sample)
+        if limit is not None and len(samples) >= limit:
+            break
+    if not samples:
+        raise DataError(f"{path} holds no questions; expected at least one row")
+    return samples
+
+
+def sample_row(sample: Sample, folder: Path) -> dict[str, Any]:
+    """The JSONL form of a sample whose images are files below `folder`."""
+    images = [Path(image).relative_to(folder).as_posix() for image in sample.images if isinstance(image, Path)]
+    row: dict[str, Any] = {"id": sample.id, "images": images, "question": sample.question, "answer": list(sample.answers), "metric": sample.metric}
+    return row | ({"choices": list(sample.choices)} if sample.choices else {})
+
+
+def _sample(row: Any, path: Path, number: int, need_answers: bool) -> Sample:
+    where = f"{path} row {number}"
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {type(row).__name__}, expected an object with 'images', 'question' and 'answer'")
+    if "messages" in row or "conversations" in row:
+        row = _from_chat(row, where)
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"{where}: no question; expected a non-empty string under 'question'")
+    choices = tuple(str(choice) for choice in _as_list(row.get("choices")))
+    answers = tuple(str(answer) for answer in _as_list(row.get("answer", row.get("answers"))))
+    if need_answers and not any(answer.strip() for answer in answers):
+        raise DataError(f"{where}: no answer; expected a string or a list of strings under 'answer', add one or remove the row")
+    metric = row.get("metric") or ("choice" if choices else "exact")
+    if metric not in METRICS:
+        raise DataError(f"{where}: unknown metric '{metric}'; expected one of {', '.join(METRICS)}")
+    images = tuple(_image(image, path, where) for image in _as_list(row.get("images", row.get("image"))))
+    return Sample(str(row.get("id", number - 1)), images, question, answers, metric, choices)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _image(value: Any, path: Path, where: str) -> Path | bytes:
+    if isinstance(value, dict):  # the form in which HF datasets store an image
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and value.startswith("data:"):
+        return _decode_base64(value.partition(",")[2], where)
+    if isinstance(value, str) and value:
+        return path.parent / value
+    raise DataError(f"{where}: an image is {type(value).__name__}; expected a path relative to the file, a data: URL or bytes")
+
+
+def _decode_base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise DataError(f"{where}: the image is no valid base64; expected a whole encoded image") from None
+
+
+def _from_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of `messages` (OpenAI form) or `conversations` (LLaVA form): its first user turn and the answer to it."""
+    turns = row.get("messages") or [
+        {"role": {"human": "user", "gpt": "assistant"}.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in row["conversations"]
+    ]
+    images, texts = list(_as_list(row.get("images", row.get("image")))), {"user": "", "assistant": ""}
+    for turn in turns:
+        role = turn.get("role")
+        if role in texts and not texts[role]:
+            text, found = _content(turn.get("content"))
+            texts[role] = text.replace("<image>", "").strip()
+            images += found
+    if not texts["user"]:
+        raise DataError(f"{where}: no user turn in the conversation; expected a question and its answer")
+    return {**row, "images": images, "question": texts["user"], "answer": row.get("answer", texts["assistant"] or None)}
+
+
+def _content(content: Any) -> tuple[str, list[Any]]:
+    """Text and images of one chat turn, whose content is a string or a list of typed parts."""
+    if isinstance(content, str):
+        return content, []
+    text, images = [], []
+    for part in _as_list(content):
+        if part.get("type") == "text":
+            text.append(part.get("text", ""))
+        elif part.get("type") == "image_url":
+            images.append(part["image_url"]["url"])
+        elif part.get("type") == "image" and (value := part.get("image", part.get("path", part.get("url")))):
+            images.append(value)
+    return "\n".join(text), images
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path} line {number} is not valid JSON ({error}); expected one object a line") from None
+
+
+def _read_json(path: Path) -> Iterable[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); expected a list of rows") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds {type(rows).__name__}; expected a list of rows")
+    return rows
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    from .errors import missing_extra
+
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise missing_extra("pyarrow", "distill") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); write it again") from None
+
+
+def _read_tsv(path: Path) -> Iterator[Any]:
+    """VLMEvalKit's form: index, image (base64, or the index of the row that holds it), question, A, B, C …, answer."""
+    csv.field_size_limit(sys.maxsize)
+    images: dict[str, bytes] = {}
+    with open(path, encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
+            index, image = row.get("index") or str(number - 1), row.get("image") or ""
+            # VLMEvalKit stores a shared image once; other rows name that row's index.
+            images[index] = images[image] if image in images else _decode_base64(image, f"{path} row {number}")
+            choices = [row[letter] for letter in LETTERS if row.get(letter)]
+            yield {"id": index, "images": [images[index]], "question": row.get("question"), "answer": row.get("answer"), "choices": choices}
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".tsv": _read_tsv}
