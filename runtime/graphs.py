@@ -1,0 +1,235 @@
+"""The three graphs of a bundle behind four plain calls, and their ONNX Runtime form.
+
+`Parts` is all that a session asks of an engine: `OnnxParts` runs .onnx files, and the interpreter that proves Core ML packages is another.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..errors import BundleError
+from ..manifest import Manifest
+from .pixels import Pixels
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+# The names people write, and ONNX Runtime's.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "nnapi": "NnapiExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+}
+DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+# A tile's attention scores take megabytes; more tiles at once raise the peak without being faster on a CPU.
+TILES_AT_ONCE = 4
+
+
+class Cache(Protocol):
+    """Keys and values of the positions decoded so far."""
+
+    @property
+    def length(self) -> int: ...
+
+
+@runtime_checkable
+class ResizableCache(Protocol):
+    """A cache that can forget its tail and make room; one that can't is built anew for each prompt."""
+
+    @property
+    def length(self) -> int: ...
+
+    def keep(self, length: int, capacity: int) -> None:
+        """Forget all but the first `length` positions and make room for `capacity` in all."""
+
+
+class Parts(Protocol):
+    """A vision-language model as an engine runs it: one sequence, batch of 1."""
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def provider(self) -> str:
+        """The provider that really runs."""
+
+    def encode_images(self, pixels: Pixels) -> np.ndarray:
+        """Image features float32 [n_image_tokens, hidden], images in order."""
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Embeddings float32 [S, hidden] of token ids int64 [S]."""
+
+    def new_cache(self, capacity: int) -> Any:
+        """An empty cache with room for `capacity` positions."""
+
+    def decode(self, embeds: np.ndarray, cache: Any) -> np.ndarray:
+        """Append embeds float32 [S, hidden], S >= 1, to the cache; logits float32 [vocab] of the last position."""
+
+
+class GrowingCache:
+    """The cache of a plain graph, whose `present` outputs are the next step's inputs; arrays [1, kv_heads, length, head_dim]."""
+
+    def __init__(self, past: dict[str, np.ndarray]) -> None:
+        self.past = past
+
+    @property
+    def length(self) -> int:
+        return int(next(iter(self.past.values())).shape[2])
+
+    def keep(self, length: int, capacity: int) -> None:
+        self.past = {name: np.ascontiguousarray(array[:, :, :length]) for name, array in self.past.items()}
+
+
+class SharedCache:
+    """The cache of a fused graph, which reads and writes one buffer a tensor, [1, kv_heads, capacity, head_dim], in place."""
+
+    def __init__(self, session: InferenceSession, past: dict[str, np.ndarray], capacity: int) -> None:
+        self.session = session
+        self.past = past
+        self.length = 0
+        self._allocate(capacity)
+
+    def keep(self, length: int, capacity: int) -> None:
+        self.length = length
+        if capacity > self.capacity:
+            self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.mask = np.ones((1, capacity), np.int64)
+        self.binding = self.session.io_binding()
+        for name, old in self.past.items():
+            shape = (*old.shape[:2], capacity, old.shape[3])
+            buffer = np.zeros(shape, old.dtype)
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+            self.past[name] = buffer
+            place = ("cpu", 0, buffer.dtype, shape, buffer.ctypes.data)
+            self.binding.bind_input(name, *place)
+            self.binding.bind_output(present_name(name), *place)
+
+
+class OnnxParts:
+    """The graphs of an ONNX bundle, each in a session of its own."""
+
+    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
+        """Open the three graphs. Raises BundleError for a graph that can't be opened or has other inputs, or a provider that doesn't run here."""
+        self.threads = threads or _cores()
+        self.provider = provider
+        self.vision, self.embedding, self.decoder = (
+            open_session(folder / manifest.parts[part].file, provider, count)
+            # A table lookup needs no pool of threads.
+            for part, count in (("vision_encoder", self.threads), ("embed_tokens", 1), ("decoder", self.threads))
+        )
+        self.shared = bool(manifest.generation.get("shared_cache"))
+        inputs = {node.name: node for node in self.decoder.get_inputs()}
+        missing = {"inputs_embeds", "attention_mask"} - set(inputs)
+        if missing:
+            raise BundleError(
+                f"{manifest.parts['decoder'].file} lacks the input '{min(missing)}'; expected the layout that 'masters export' writes, export again"
+            )
+        self.inputs = set(inputs)
+        geometry = manifest.decoder
+        self.empty = {
+            name: np.zeros((1, geometry.kv_heads, 0, geometry.head_dim), DTYPES[node.type])
+            for name, node in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def encode_images(self, pixels: Pixels) -> np.ndarray:
+        names = [node.name for node in self.vision.get_inputs()]
+        tiles = pixels.values.shape[1]
+        features = []
+        for start in range(0, tiles, TILES_AT_ONCE):
+            feeds = {name: pixels.tensors[name][:, start : start + TILES_AT_ONCE] for name in names}
+            features.append(self.vision.run(["image_features"], feeds)[0])
+        return np.concatenate([f.reshape(-1, f.shape[-1]) for f in features]).astype(np.float32, copy=False)
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(self.embedding.run(["inputs_embeds"], {"input_ids": ids[None]})[0][0])
+
+    def new_cache(self, capacity: int) -> GrowingCache | SharedCache:
+        return SharedCache(self.decoder, dict(self.empty), capacity) if self.shared else GrowingCache(dict(self.empty))
+
+    def decode(self, embeds: np.ndarray, cache: GrowingCache | SharedCache) -> np.ndarray:
+        total = cache.length + len(embeds)
+        feeds: dict[str, np.ndarray] = {"inputs_embeds": np.ascontiguousarray(embeds[None], np.float32)}
+        if "position_ids" in self.inputs:
+            feeds["position_ids"] = np.arange(cache.length, total, dtype=np.int64)[None]
+        if "num_logits_to_keep" in self.inputs:
+            feeds["num_logits_to_keep"] = np.array(1, np.int64)
+        logits = self._decode_shared(feeds, cache, total) if isinstance(cache, SharedCache) else self._decode_growing(feeds, cache, total)
+        return np.asarray(logits[0, -1], np.float32)
+
+    def _decode_growing(self, feeds: dict[str, np.ndarray], cache: GrowingCache, total: int) -> np.ndarray:
+        feeds["attention_mask"] = np.ones((1, total), np.int64)
+        names = list(cache.past)
+        logits, *present = self.decoder.run(["logits", *map(present_name, names)], feeds | cache.past)
+        cache.past = dict(zip(names, present, strict=True))
+        return np.asarray(logits)
+
+    def _decode_shared(self, feeds: dict[str, np.ndarray], cache: SharedCache, total: int) -> np.ndarray:
+        if total > cache.capacity:
+            raise ValueError(f"the cache has room for {cache.capacity} positions, {total} are needed")
+        feeds["attention_mask"] = cache.mask[:, :total]
+        for name, array in feeds.items():
+            cache.binding.bind_cpu_input(name, array)
+        # Bound anew each time: the runtime would take the last step's output, of another shape, as the place to write to.
+        cache.binding.bind_output("logits", "cpu")
+        self.decoder.run_with_iobinding(cache.binding)
+        cache.length = total
+        return np.asarray(cache.binding.get_outputs()[self._logits_index(cache)].numpy())
+
+    def _logits_index(self, cache: SharedCache) -> int:
+        """Where 'logits' stands among the bound outputs: they keep the order in which their names were first bound."""
+        return len(cache.past)
+
+
+def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
+    """An ONNX Runtime session on exactly `provider`. Raises BundleError if it is not here, or another one took its place."""
+    # Imported here: half of the import time of everything that a program loads, and not needed before a bundle is opened.
+    import onnxruntime
+
+    available = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
+    if provider not in available:
+        raise BundleError(
+            f"the provider '{provider}' is not in this onnxruntime; available here: {', '.join(available)}; choose one or install another onnxruntime"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    # The three pools take turns: one that goes on spinning after its call takes the cores from the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[provider]])
+    except Exception as error:  # the runtime's errors share no class of their own
+        raise BundleError(f"onnxruntime could not open {file} ({str(error).splitlines()[0][:160]}); copy the bundle again, or export again") from None
+    check_provider(session.get_providers(), provider)
+    return session
+
+
+def check_provider(running: list[str], wanted: str) -> None:
+    """Raises BundleError if the first of the `running` providers is not `wanted`: ONNX Runtime falls back without a word."""
+    names = {full: name for name, full in PROVIDERS.items()}
+    if not running or running[0] != PROVIDERS[wanted]:
+        found = ", ".join(names.get(full, full) for full in running) or "none"
+        raise BundleError(f"the provider '{wanted}' was asked for and onnxruntime runs on {found}; ask for that one, or mend the set-up of '{wanted}'")
+
+
+def present_name(past: str) -> str:
+    return past.replace("past_key_values.", "present.", 1)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
