@@ -27,7 +27,7 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean_interval(scores: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+def mean_interval(scores: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
     """Bootstrap interval of the mean of `scores` (one per question), Efron & Tibshirani 1993, percentile method."""
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0:
@@ -38,7 +38,7 @@ def mean_interval(scores: Sequence[float], level: float = 0.95, seed: int = 0) -
     return Interval(float(values.mean()), float(low), float(high), values.size, level)
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
+def paired_difference(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
     """Interval of mean(ours - theirs), resampling questions: both lists hold the same questions in the same order."""
     if len(ours) != len(theirs):
         raise ValueError(f"paired scores need the same questions, got {len(ours)} and {len(theirs)}")
