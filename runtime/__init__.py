@@ -1,0 +1,37 @@
+"""Answer questions about images on a device, from a bundle that `masters export` wrote.
+
+>>> from masters.runtime import load
+>>> print(load("bundle").answer("What does the sign say?", ["street.jpg"]).text)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import BundleError
+from ..manifest import read_manifest, verify_files
+from .golden import self_test
+from .graphs import OnnxParts, Parts
+from .session import Answer, Chat, Stream, Timings, Vlm
+
+__all__ = ["Answer", "Chat", "Parts", "Stream", "Timings", "Vlm", "load"]
+
+
+def load(bundle: Path | str, provider: str = "cpu", threads: int | None = None, verify: bool = True) -> Vlm:
+    """Open the ONNX bundle in the folder `bundle` on `provider`, with `threads` threads (None: one a core).
+
+    With `verify` every file is compared with its hash and the golden self-test runs; without, neither does. Raises BundleError for a
+    bundle that is incomplete, changed, made for another target or off its golden tensors, and for a provider that does not run here.
+    """
+    folder = Path(bundle)
+    if threads is not None and threads < 1:
+        raise BundleError(f"threads is {threads}; expected at least 1, or None for one a core")
+    manifest = read_manifest(folder)
+    if manifest.target != "onnx":
+        raise BundleError(f"{folder} is made for '{manifest.target}', this runtime runs 'onnx'; use it on its own device, or export with --target onnx")
+    if verify:
+        verify_files(folder, manifest)
+    vlm = Vlm(manifest, folder, OnnxParts(folder, manifest, provider, threads))
+    if verify and manifest.golden:
+        self_test(vlm, folder / manifest.golden)
+    return vlm

@@ -135,9 +135,7 @@ class OnnxParts:
         inputs = {node.name: node for node in self.decoder.get_inputs()}
         missing = {"inputs_embeds", "attention_mask"} - set(inputs)
         if missing:
-            raise BundleError(
-                f"{manifest.parts['decoder'].file} lacks the input '{min(missing)}'; expected the layout that 'masters export' writes, export again"
-            )
+            raise BundleError(f"{manifest.parts['decoder'].file} lacks the input '{min(missing)}'; expected the layout of 'masters export', export again")
         self.inputs = set(inputs)
         geometry = manifest.decoder
         self.empty = {
@@ -148,11 +146,7 @@ class OnnxParts:
 
     def encode_images(self, pixels: Pixels) -> np.ndarray:
         names = [node.name for node in self.vision.get_inputs()]
-        tiles = pixels.values.shape[1]
-        features = []
-        for start in range(0, tiles, TILES_AT_ONCE):
-            feeds = {name: pixels.tensors[name][:, start : start + TILES_AT_ONCE] for name in names}
-            features.append(self.vision.run(["image_features"], feeds)[0])
+        features = [self.vision.run(["image_features"], {name: piece[name] for name in names})[0] for piece in pixels.pieces(TILES_AT_ONCE)]
         return np.concatenate([f.reshape(-1, f.shape[-1]) for f in features]).astype(np.float32, copy=False)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -188,11 +182,8 @@ class OnnxParts:
         cache.binding.bind_output("logits", "cpu")
         self.decoder.run_with_iobinding(cache.binding)
         cache.length = total
-        return np.asarray(cache.binding.get_outputs()[self._logits_index(cache)].numpy())
-
-    def _logits_index(self, cache: SharedCache) -> int:
-        """Where 'logits' stands among the bound outputs: they keep the order in which their names were first bound."""
-        return len(cache.past)
+        # Outputs stand in the order in which their names were first bound: the buffers, then the logits.
+        return np.asarray(cache.binding.get_outputs()[len(cache.past)].numpy())
 
 
 def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
@@ -202,9 +193,7 @@ def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
 
     available = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
     if provider not in available:
-        raise BundleError(
-            f"the provider '{provider}' is not in this onnxruntime; available here: {', '.join(available)}; choose one or install another onnxruntime"
-        )
+        raise BundleError(f"the provider '{provider}' is not in this onnxruntime; here are: {', '.join(available)}; choose one or install another build")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3

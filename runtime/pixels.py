@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,22 @@ class Pixels:
 
     `tensors` go by the graph's input names, for Idefics3 pixel_values float32 [1, tiles, 3, H, W] and pixel_attention_mask bool
     [1, tiles, H, W]. `grids` has one entry an image, in the family's own terms: for Idefics3 (rows, columns) of tiles, (0, 0) for an
-    image that is shown whole.
+    image that is shown whole. `tile_axis` is the axis along which every tensor may be cut and encoded piece by piece, None if it may not.
     """
 
     tensors: dict[str, np.ndarray]
     grids: tuple[Grid, ...]
+    tile_axis: int | None = None
 
     @property
     def values(self) -> np.ndarray:
         return self.tensors["pixel_values"]
+
+    def pieces(self, tiles: int) -> Iterator[dict[str, np.ndarray]]:
+        """The tensors in pieces of at most `tiles` tiles, in order."""
+        if self.tile_axis is None:
+            yield self.tensors
+            return
+        for start in range(0, self.values.shape[self.tile_axis], tiles):
+            cut = (slice(None),) * self.tile_axis + (slice(start, start + tiles),)
+            yield {name: tensor[cut] for name, tensor in self.tensors.items()}

@@ -44,7 +44,7 @@ def preprocess(images: Sequence[Image.Image], settings: dict[str, Any]) -> Pixel
         for channel in range(3):
             values[0, number, channel, : one.height, : one.width] = table[channel][levels[:, :, channel]]
         mask[0, number, : one.height, : one.width] = True
-    return Pixels({"pixel_values": values, "pixel_attention_mask": mask}, tuple(grids))
+    return Pixels({"pixel_values": values, "pixel_attention_mask": mask}, tuple(grids), tile_axis=1)
 
 
 def expand(prompt: str, grids: Sequence[Grid], settings: dict[str, Any]) -> str:
@@ -54,9 +54,7 @@ def expand(prompt: str, grids: Sequence[Grid], settings: dict[str, Any]) -> str:
     """
     texts = prompt.split(IMAGE)
     if len(texts) - 1 != len(grids):
-        raise DataError(
-            f"the prompt holds {len(texts) - 1} '{IMAGE}' marks for {len(grids)} images; expected one each, take '{IMAGE}' out of the question's text"
-        )
+        raise DataError(f"the prompt holds {len(texts) - 1} '{IMAGE}' marks for {len(grids)} images; expected one each, take it out of the question's text")
     pictures = [image_tokens(grid, settings["image_seq_len"]) for grid in grids]
     return texts[0] + "".join(picture + text for picture, text in zip(pictures, texts[1:], strict=True))
 

@@ -1,0 +1,69 @@
+"""From token ids to text that can be shown at once: whole characters only, and nothing that may turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+
+
+class TextStream:
+    """Text as it grows, token by token; special tokens are left out, white space at the very start too.
+
+    What `push` and `finish` return, put together, is the whole text. Bytes that never become a character are dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = tuple(text for text in stop if text)
+        self.stopped = False  # a stop string came; the text ends before it
+        self._ids: list[int] = []
+        self._shown, self._whole = 0, 0  # ids[:whole] is decoded to whole characters; ids[shown:whole] is the context of what follows
+        self._held = ""
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """The text that can be shown after one more token, often ''."""
+        self._ids.append(token)
+        text = self._undecoded()
+        if text and not text.endswith(BROKEN):
+            self._held += text
+            self._shown, self._whole = self._whole, len(self._ids)
+        return self._screen()
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        self._held += self._undecoded().rstrip(BROKEN)
+        self._whole = len(self._ids)
+        shown = self._screen()
+        return shown + self._release(len(self._held))
+
+    def _undecoded(self) -> str:
+        """The text of the ids since the last whole character. Decoders treat a text's start and its inside differently: hence the context."""
+        context = self.tokenizer.decode(self._ids[self._shown : self._whole])
+        return self.tokenizer.decode(self._ids[self._shown :])[len(context) :]
+
+    def _screen(self) -> str:
+        """Show all but a stop string and what may become one."""
+        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = self._held[: min(found)]
+            return self._release(len(self._held))
+        return self._release(len(self._held) - max((_overlap(self._held, text) for text in self.stop), default=0))
+
+    def _release(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        if not self._begun:
+            piece = piece.lstrip()
+            self._begun = bool(piece)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` with which `stop` begins."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,337 @@
+"""Asking a vision-language model questions about images: one answer, a stream, or a chat that keeps its cache between turns."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..errors import BundleError, DataError, RecipeError
+from ..images import ImageSource, open_image
+from ..manifest import Manifest
+from .chat import Message, read_chat_format, text_message, user_message
+from .detokenize import TextStream
+from .graphs import Parts, ResizableCache
+from .pixels import Grid, Pixels
+from .sampling import Sampling, choose
+
+_picture_keys = itertools.count(-1, -1)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one answer went, in milliseconds."""
+
+    image_preprocess: float  # decoding the files, resizing, tiling
+    image_encode: float
+    prefill: float  # embedding the prompt and running the decoder over it
+    first_token: float  # from the call to the first token
+    decode_per_token: float | None  # median; None for an answer of one token
+    total: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said. `token_ids` holds the end token where the model gave one; `text` does not."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # stop, length or cancelled
+    prompt_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long an answer may get, where it ends, and how its tokens are chosen."""
+
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise RecipeError(f"max_tokens is {self.max_tokens}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image once it has been encoded: how it was tiled, and its features float32 [n_tokens, hidden]."""
+
+    key: int  # negative and never given twice: stands for the image where prompts are compared
+    grid: Grid
+    features: np.ndarray
+
+
+@dataclass
+class Context:
+    """The decoder's cache and what is in it: token ids, an image's key in the place of its tokens."""
+
+    cache: Any = None
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass
+class _Clock:
+    """The times of one answer as they come, in seconds."""
+
+    start: float = field(default_factory=time.perf_counter)
+    preprocess: float = 0.0
+    encode: float = 0.0
+    prefill: float = 0.0
+    tokens: list[float] = field(default_factory=list)
+
+    def timings(self) -> Timings:
+        steps = [after - before for before, after in zip(self.tokens, self.tokens[1:], strict=False)]
+        now = time.perf_counter()
+        first = (self.tokens[0] if self.tokens else now) - self.start
+        decode = 1000 * statistics.median(steps) if steps else None
+        return Timings(1000 * self.preprocess, 1000 * self.encode, 1000 * self.prefill, 1000 * first, decode, 1000 * (now - self.start))
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer as they come. `answer` is the whole of it; `cancel` may be called from any thread and takes effect within a token."""
+
+    def __init__(self, pieces: Generator[str, None, Answer], cancelled: threading.Event) -> None:
+        self._pieces = pieces
+        self._cancelled = cancelled
+        self._answer: Answer | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self._answer = self._answer or end.value
+            raise
+
+    @property
+    def answer(self) -> Answer:
+        """The finished answer; what has not been read of it is generated first."""
+        for _ in self:
+            pass
+        if self._answer is None:
+            raise RuntimeError("this stream failed or was closed before its end")
+        return self._answer
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+class Vlm:
+    """A vision-language model on this device. Answers are independent of each other; threads may share one."""
+
+    def __init__(self, manifest: Manifest, folder: Path, parts: Parts) -> None:
+        """`folder` holds tokenizer and chat template. Raises BundleError where they are missing or the family is unknown."""
+        self.manifest = manifest
+        self.folder = folder
+        self.parts = parts
+        self.format = read_chat_format(folder)
+        self.family = load_family(manifest.model_type)
+        for key in ("eos_token_ids", "image_token_id"):
+            if key not in manifest.generation:
+                raise BundleError(f"the manifest of {folder} lacks generation.{key}; expected the model's token ids there, export the bundle again")
+
+    def answer(self, question: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any) -> Answer:
+        """The whole answer; arguments and errors as for `stream`."""
+        return self.stream(question, images, system=system, **options).answer
+
+    def stream(
+        self,
+        question: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str | None = None,
+        max_tokens: int = 64,
+        stop: Sequence[str] = (),
+        greedy: bool = False,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Stream:
+        """Ask `question` about `images` (paths, encoded bytes, PIL images or uint8 arrays); the answer comes piece by piece.
+
+        Greedy unless `temperature` is above 0; `greedy=True` overrides it. Nothing runs before the first piece is asked for. Raises
+        RecipeError for an option out of range; the stream raises ImageError for an image that can't be read and DataError for a
+        prompt that does not fit the model's context.
+        """
+        sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        return self.chat(system)._stream(question, images, Options(max_tokens, _strings(stop), sampling))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation that remembers its turns."""
+        return Chat(self, system)
+
+    def see(self, images: Sequence[ImageSource]) -> list[Pixels]:
+        """Each image decoded and preprocessed."""
+        return [self.family.preprocess([open_image(image)], self.manifest.preprocessing) for image in images]
+
+    def prompt_ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> np.ndarray:
+        """Token ids int64 [S] of the prompt for the next turn, image tokens in place."""
+        return self.format.encode(self.family.expand(self.format.render(messages), grids, self.manifest.preprocessing))
+
+
+class Chat:
+    """A conversation: every turn sees the earlier ones, and only what is new is computed. For one thread at a time.
+
+    A turn that fails, or whose stream is dropped before its end, leaves the conversation as it was.
+    """
+
+    def __init__(self, vlm: Vlm, system: str | None = None) -> None:
+        self.vlm = vlm
+        self.messages: list[Message] = [text_message("system", system)] if system else []
+        self.pictures: list[Picture] = []
+        self.context = Context()
+
+    def answer(self, question: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
+        """The next turn's whole answer; options as for Vlm.stream, but for `system`."""
+        return self.stream(question, images, **options).answer
+
+    def stream(self, question: str, images: Sequence[ImageSource] = (), *, max_tokens: int = 64, stop: Sequence[str] = (), **sampling: Any) -> Stream:
+        """The next turn, piece by piece."""
+        return self._stream(question, images, Options(max_tokens, _strings(stop), Sampling(**sampling)))
+
+    def _stream(self, question: str, images: Sequence[ImageSource], options: Options) -> Stream:
+        cancelled = threading.Event()
+        return Stream(self._turn(question, images, options, cancelled), cancelled)
+
+    def _turn(self, question: str, images: Sequence[ImageSource], options: Options, cancelled: threading.Event) -> Generator[str, None, Answer]:
+        clock = _Clock()
+        pictures = [*self.pictures, *self._look(images, clock)]
+        messages = [*self.messages, user_message(question, len(images))]
+        ids = self.vlm.prompt_ids(messages, [picture.grid for picture in pictures])
+        answer = yield from self._generate(ids, pictures, options, cancelled, clock)
+        self.messages, self.pictures = [*messages, text_message("assistant", answer.text)], pictures
+        return answer
+
+    def _look(self, images: Sequence[ImageSource], clock: _Clock) -> list[Picture]:
+        start = time.perf_counter()
+        seen = self.vlm.see(images)
+        clock.preprocess = time.perf_counter() - start
+        pictures = [Picture(next(_picture_keys), pixels.grids[0], self.vlm.parts.encode_images(pixels)) for pixels in seen]
+        clock.encode = time.perf_counter() - start - clock.preprocess
+        return pictures
+
+    def _generate(
+        self, ids: np.ndarray, pictures: Sequence[Picture], options: Options, cancelled: threading.Event, clock: _Clock
+    ) -> Generator[str, None, Answer]:
+        ends = set(self.vlm.manifest.generation["eos_token_ids"])
+        rng = np.random.default_rng(options.sampling.seed)
+        text = TextStream(self.vlm.format.tokenizer, options.stop)
+        tokens: list[int] = []
+        shown: list[str] = []
+        budget = self._room(len(ids), options.max_tokens)
+        logits = self._prefill(ids, pictures, len(ids) + budget, clock)
+        while True:
+            seen = np.concatenate([ids, np.array(tokens, np.int64)]) if options.sampling.repetition_penalty != 1 else ids
+            tokens.append(choose(logits, seen, options.sampling, rng))
+            clock.tokens.append(time.perf_counter())
+            if tokens[-1] in ends:
+                reason = "stop"
+                break
+            if piece := text.push(tokens[-1]):
+                shown.append(piece)
+                yield piece
+            if reason := _finish_reason(text.stopped, len(tokens) == budget, cancelled.is_set()):
+                break
+            logits = self._decode(np.array(tokens[-1:], np.int64))
+        if piece := text.finish():
+            shown.append(piece)
+            yield piece
+        return Answer("".join(shown), tuple(tokens), reason, len(ids), clock.timings())
+
+    def _room(self, prompt: int, wanted: int) -> int:
+        """How many tokens the answer may have after a prompt of `prompt`."""
+        context = self.vlm.manifest.decoder.context
+        if prompt >= context:
+            raise DataError(
+                f"the prompt is {prompt} tokens long, images and earlier turns included; the model takes {context} in all, ask less or show fewer images"
+            )
+        return min(wanted, context - prompt)
+
+    def _prefill(self, ids: np.ndarray, pictures: Sequence[Picture], capacity: int, clock: _Clock) -> np.ndarray:
+        """Logits float32 [vocab] after the prompt, of which only what the cache does not hold yet is computed."""
+        start = time.perf_counter()
+        keys = prompt_keys(ids, pictures, self.vlm.manifest.generation["image_token_id"])
+        known = self._reuse(keys, capacity)
+        embeds = self.vlm.parts.embed(ids[known:])
+        places = keys[known:] < 0
+        if places.any():
+            features = np.concatenate([picture.features for picture in pictures])
+            # A copy: the engine may hand out its own memory.
+            embeds = embeds.copy()
+            embeds[places] = features[len(features) - int(places.sum()) :]
+        logits = self.vlm.parts.decode(embeds, self.context.cache)
+        self.context.keys = keys
+        clock.prefill = time.perf_counter() - start
+        return logits
+
+    def _reuse(self, keys: np.ndarray, capacity: int) -> int:
+        """Bring the cache to the longest beginning that it shares with `keys`, short of the last position, whose logits are wanted."""
+        context = self.context
+        known = min(common_prefix(context.keys, keys), len(keys) - 1)
+        if known and isinstance(context.cache, ResizableCache):
+            context.cache.keep(known, capacity)
+        else:
+            known, context.cache = 0, self.vlm.parts.new_cache(capacity)
+        context.keys = keys[:known]
+        return known
+
+    def _decode(self, ids: np.ndarray) -> np.ndarray:
+        logits = self.vlm.parts.decode(self.vlm.parts.embed(ids), self.context.cache)
+        self.context.keys = np.concatenate([self.context.keys, ids])
+        return logits
+
+
+def load_family(model_type: str) -> ModuleType:
+    """The family's module in runtime/families. Raises BundleError if there is none."""
+    name = f"{__package__}.families.{model_type}"
+    try:
+        if model_type.isidentifier():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+    known = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "families").glob("*.py") if file.stem != "__init__"))
+    raise BundleError(f"the bundle's model_type is '{model_type}'; this version of the runtime knows {known}; install a newer one")
+
+
+def prompt_keys(ids: np.ndarray, pictures: Sequence[Picture], image_token: int) -> np.ndarray:
+    """`ids` with each image token replaced by its picture's key, int64 [S]: equal keys mean equal input to the decoder.
+
+    Raises BundleError if the features don't fill the image tokens exactly.
+    """
+    places = ids == image_token
+    keys = [key for picture in pictures for key in [picture.key] * len(picture.features)]
+    if int(places.sum()) != len(keys):
+        raise BundleError(f"the vision graph gave {len(keys)} features for {int(places.sum())} image tokens; expected as many, export the bundle again")
+    filled = ids.copy()
+    filled[places] = keys
+    return filled
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading entries two arrays share."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if differ.size else size
+
+
+def _finish_reason(stopped: bool, full: bool, cancelled: bool) -> str:
+    """Why the answer ends here, '' if it goes on."""
+    return "stop" if stopped else "length" if full else "cancelled" if cancelled else ""
+
+
+def _strings(stop: Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
