@@ -45,7 +45,7 @@ def read_samples(path: Path | str, limit: int | None = None, need_answers: bool 
     """Read the questions in `path`, chosen by its suffix: .jsonl, .json, .parquet or .tsv.
 
     Raises DataError, naming file and row, for a missing file, a row without a question or (with `need_answers`) without an
-    answer, an unknown metric, or an id that occurs twice.
+    answer, an unknown metric, choices that the answer is none of, or an id that occurs twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,8 +54,9 @@ def read_samples(path: Path | str, limit: int | None = None, need_answers: bool 
         raise DataError(f"{path} ends in '{path.suffix}'; expected one of {', '.join(_READERS)}")
     samples: list[Sample] = []
     seen: set[str] = set()
-    for number, row in enumerate(_READERS[path.suffix](path), start=1):
+    for number, row in enumerate(_rows(path), start=1):
         sample = _sample(row, path, number, need_answers)
+        _check_choices(sample, f"{path} row {number}")
         if sample.id in seen:
             raise DataError(f"{path} row {number}: the id '{sample.id}' occurs twice; ids name rows in caches and reports, make them distinct")
         seen.add(sample.id)
@@ -65,6 +66,15 @@ def read_samples(path: Path | str, limit: int | None = None, need_answers: bool 
     if not samples:
         raise DataError(f"{path} holds no questions; expected at least one row")
     return samples
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    try:
+        yield from _READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); expected UTF-8, save it so") from None
+    except csv.Error as error:
+        raise DataError(f"{path} is no tab-separated table ({error}); expected VLMEvalKit's form, write it again") from None
 
 
 def sample_row(sample: Sample, folder: Path) -> dict[str, Any]:
@@ -94,6 +104,17 @@ def _sample(row: Any, path: Path, number: int, need_answers: bool) -> Sample:
     return Sample(str(row.get("id", number - 1)), images, question, answers, metric, choices)
 
 
+def _check_choices(sample: Sample, where: str) -> None:
+    if sample.metric == "choice" and not sample.choices:
+        raise DataError(f"{where}: metric 'choice' without options; expected a list of them under 'choices'")
+    if len(sample.choices) > len(LETTERS):
+        raise DataError(f"{where}: {len(sample.choices)} choices; expected at most {len(LETTERS)}, one a letter")
+    accepted = {*LETTERS[: len(sample.choices)].lower(), *(choice.lower().strip() for choice in sample.choices)}
+    for answer in sample.answers if sample.metric == "choice" else ():
+        if answer.lower().strip() not in accepted:
+            raise DataError(f"{where}: the answer '{answer[:40]}' names none of the {len(sample.choices)} choices; expected a letter or a choice's own words")
+
+
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -113,6 +134,8 @@ def _image(value: Any, path: Path, where: str) -> Path | bytes:
 
 
 def _decode_base64(text: str, where: str) -> bytes:
+    if not text:
+        raise DataError(f"{where}: no image; expected a base64-encoded one, or the index of an earlier row that holds it")
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
@@ -121,14 +144,14 @@ def _decode_base64(text: str, where: str) -> bytes:
 
 def _from_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A row of `messages` (OpenAI form) or `conversations` (LLaVA form): its first user turn and the answer to it."""
-    turns = row.get("messages") or [
-        {"role": {"human": "user", "gpt": "assistant"}.get(t.get("from"), t.get("from")), "content": t.get("value")} for t in row["conversations"]
-    ]
+    turns = row["messages"] if "messages" in row else row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: the conversation is no list of turns; expected objects with 'role' and 'content', or 'from' and 'value'")
     images, texts = list(_as_list(row.get("images", row.get("image")))), {"user": "", "assistant": ""}
     for turn in turns:
-        role = turn.get("role")
+        role = turn.get("role") or {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
         if role in texts and not texts[role]:
-            text, found = _content(turn.get("content"))
+            text, found = _content(turn.get("content", turn.get("value")), where)
             texts[role] = text.replace("<image>", "").strip()
             images += found
     if not texts["user"]:
@@ -136,23 +159,26 @@ def _from_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {**row, "images": images, "question": texts["user"], "answer": row.get("answer", texts["assistant"] or None)}
 
 
-def _content(content: Any) -> tuple[str, list[Any]]:
+def _content(content: Any, where: str) -> tuple[str, list[Any]]:
     """Text and images of one chat turn, whose content is a string or a list of typed parts."""
-    if isinstance(content, str):
-        return content, []
     text, images = [], []
     for part in _as_list(content):
-        if part.get("type") == "text":
-            text.append(part.get("text", ""))
-        elif part.get("type") == "image_url":
-            images.append(part["image_url"]["url"])
-        elif part.get("type") == "image" and (value := part.get("image", part.get("path", part.get("url")))):
-            images.append(value)
+        match part:
+            case str() | {"type": "text", "text": str()}:
+                text.append(part if isinstance(part, str) else part["text"])
+            case {"type": "image_url", "image_url": {"url": value}} | {"type": "image_url", "image_url": str(value)}:
+                images.append(value)
+            case {"type": "image", "image": value} | {"type": "image", "path": value} | {"type": "image", "url": value}:
+                images.append(value)
+            case {"type": "image"}:  # a placeholder: the image itself stands beside the conversation
+                pass
+            case _:
+                raise DataError(f"{where}: a part of a turn is {str(part)[:80]!r}; expected type 'text', 'image' or 'image_url' with its content")
     return "\n".join(text), images
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -163,7 +189,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
 
 def _read_json(path: Path) -> Iterable[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON ({error}); expected a list of rows") from None
     if not isinstance(rows, list):
@@ -189,7 +215,7 @@ def _read_tsv(path: Path) -> Iterator[Any]:
     """VLMEvalKit's form: index, image (base64, or the index of the row that holds it), question, A, B, C …, answer."""
     csv.field_size_limit(sys.maxsize)
     images: dict[str, bytes] = {}
-    with open(path, encoding="utf-8", newline="") as lines:
+    with open(path, encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
             index, image = row.get("index") or str(number - 1), row.get("image") or ""
             # VLMEvalKit stores a shared image once; other rows name that row's index.
