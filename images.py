@@ -30,7 +30,7 @@ def open_image(source: ImageSource) -> Image.Image:
         image = _decode(source)
         _check_size(image, name)
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _on_white(ImageOps.exif_transpose(image).convert("RGB"))
     except ImageError:
         raise
     except FileNotFoundError:
@@ -48,6 +48,13 @@ def _decode(source: ImageSource) -> Image.Image:
         # Our own limit is checked straight after, on the header alone.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """White where a picture has the one colour that its file declares transparent: transformers' processors do so, whatever was converted before."""
+    if "transparency" not in image.info:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -42,7 +42,7 @@ class ChatFormat:
         """The prompt for the model's next turn. Raises DataError where the template refuses the messages."""
         try:
             return self.template.render(messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self.special)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is somebody's program: it may raise anything
             raise DataError(f"the chat template refuses these messages ({error}); expected turns of user and assistant in the order that it asks for") from None
 
     def encode(self, prompt: str) -> np.ndarray:
