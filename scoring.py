@@ -5,6 +5,7 @@ Every metric maps a text to [0, 1] and takes the best over the accepted answers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -50,7 +51,7 @@ def anls(text: str, answer: str, threshold: float = 0.5) -> float:
 
 
 def choice_match(text: str, answer: str, choices: tuple[str, ...]) -> float:
-    """1 if the text names the right option, by its letter ('B', '(b)', 'B. blue', 'Answer: B') or by its own words."""
+    """1 if the text names the right option, by its letter ('B', '(b)', 'B. blue', 'The answer is B') or by its own words."""
     found = chosen_letter(text, choices)
     return float(found is not None and found == (chosen_letter(answer, choices) or _plain(answer).upper()))
 
@@ -58,14 +59,18 @@ def choice_match(text: str, answer: str, choices: tuple[str, ...]) -> float:
 def chosen_letter(text: str, choices: tuple[str, ...]) -> str | None:
     """The letter of the option that `text` names, or None where it names none or is ambiguous."""
     letters = LETTERS[: len(choices)]
+    if not letters:
+        return None
     for letter, choice in zip(letters, choices, strict=True):
         if _plain(text) == _plain(choice):
             return letter
-    lead = re.match(rf"\s*(?:answer|option)?\s*:?\s*\(?([{letters}{letters.lower()}])(?:[).:,]|\s*$)", text, re.IGNORECASE)
+    lead = re.match(rf"\W*(?:(?:the )?(?:correct )?(?:answer|option|choice)\b(?: is)?)?\W*([{letters}])(?:\W*$|[).:,*])", text, re.IGNORECASE)
     if lead:
         return lead.group(1).upper()
-    named = [letter for letter, choice in zip(letters, choices, strict=True) if contains(text, choice)]
-    return named[0] if len(named) == 1 else None
+    named = [choice for choice in choices if contains(text, choice)]
+    # 'dark red' also names 'red': the longer one is meant.
+    named = [choice for choice in named if not any(choice != other and contains(other, choice) for other in named)]
+    return letters[choices.index(named[0])] if len(named) == 1 else None
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -86,9 +91,10 @@ def _number(text: str) -> float | None:
     """A number as charts print them: '1,234', '$5', '12%' (as 0.12, as ChartQA does); None for anything else."""
     text = text.strip().rstrip(".").replace(",", "").lstrip("$")
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 _METRICS: dict[str, Callable[[str, str], float]] = {"exact": exact_match, "relaxed": relaxed_match, "anls": anls, "contains": contains}
