@@ -50,7 +50,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, tower: Any, projection: nn.Linear, scale: int, side: int) -> None:
         super().__init__()
-        self.side, self.grid = side, side // tower.embeddings.patch_size
+        self.grid, self.scale = side // tower.embeddings.patch_size, scale
         self.patches = deepcopy(tower.embeddings.patch_embedding)
         self.register_buffer("positions", _tile_positions(tower, self.grid), persistent=False)
         self.layers = nn.ModuleList(VisionLayer(layer) for layer in tower.encoder.layers)
@@ -198,14 +198,18 @@ class RowNorm(nn.Module):
     float16's range, and such states occur in every large decoder.
     """
 
+    root_eps: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.root_eps = norm.variance_epsilon**0.5
+        # A tensor, because converters make a number divided by a tensor an inexact reciprocal.
+        self.register_buffer("root_eps", torch.tensor([norm.variance_epsilon**0.5]), persistent=False)
         self.weight = nn.Parameter(norm.weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True).clamp(min=2**-6)
-        scaled, root_eps = x / largest, self.root_eps / largest
+        # Any positive number keeps a row of zeros from dividing by zero.
+        magnitude = x.abs().amax(-1, keepdim=True) + 2**-6
+        scaled, root_eps = x / magnitude, self.root_eps / magnitude
         return scaled * torch.rsqrt((scaled * scaled).mean(-1, keepdim=True) + root_eps * root_eps) * self.weight
 
 
@@ -286,20 +290,17 @@ def _expect_parameters(layer: nn.Module, expected: set[str], part: str) -> None:
         raise ModelError(f"a {part} layer differs from the re-authored one in {names}; Core ML knows SigLIP towers and Llama decoders, use --target onnx")
 
 
-def reauthor(model: Any, side: int, context: int) -> Reauthored:
-    """The parts of a Hugging Face model made of a SigLIP tower, pixel shuffle and a Llama decoder (Idefics3, SmolVLM), in float32.
+def reauthor(vision: tuple[Any, nn.Linear, int], text: tuple[Any, nn.Linear], side: int, context: int) -> Reauthored:
+    """The parts of a Hugging Face model made of a SigLIP tower, pixel shuffle and a Llama decoder, in float32.
 
-    `side` is a tile's height and width in pixels, `context` the most positions of prompt and answer. Raises ModelError for parts of another make.
+    `vision` is the tower, the projection after the shuffle and the shuffle's factor, `text` the decoder and its head. `side` is a tile's height and
+    width in pixels, `context` the most positions of prompt and answer. Raises ModelError for parts of another make.
     """
-    inner = model.model
-    scale, patch = inner.connector.scale_factor, inner.vision_model.embeddings.patch_size
+    (tower, projection, scale), (decoder, head) = vision, text
+    patch = tower.embeddings.patch_size
     if side % (patch * scale):
         raise ModelError(f"a tile is {side} pixels wide; expected a multiple of patch x shuffle ({patch} x {scale}), correct the processor's max_image_size")
-    parts = Reauthored(
-        VisionEncoder(inner.vision_model, inner.connector.modality_projection.proj, scale, side),
-        EmbedTokens(inner.text_model.embed_tokens),
-        Decoder(inner.text_model, model.lm_head, context),
-    )
+    parts = Reauthored(VisionEncoder(tower, projection, scale, side), EmbedTokens(decoder.embed_tokens), Decoder(decoder, head, context))
     for part in (parts.vision_encoder, parts.embed_tokens, parts.decoder):
         part.float().eval().requires_grad_(False)
     return parts
