@@ -124,7 +124,7 @@ class OnnxParts:
 
     def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
         """Open the three graphs. Raises BundleError for a graph that can't be opened or has other inputs, or a provider that doesn't run here."""
-        self.threads = threads or _cores()
+        self.threads = threads or usable_cores()
         self.provider = provider
         self.vision, self.embedding, self.decoder = (
             open_session(folder / manifest.parts[part].file, provider, count)
@@ -219,6 +219,6 @@ def present_name(past: str) -> str:
     return past.replace("past_key_values.", "present.", 1)
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

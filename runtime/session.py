@@ -37,6 +37,7 @@ class Timings:
     first_token: float  # from the call to the first token
     decode_per_token: float | None  # median; None for an answer of one token
     total: float
+    decode_steps: tuple[float, ...] = ()  # each token after the first
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,16 @@ class _Clock:
     tokens: list[float] = field(default_factory=list)
 
     def timings(self) -> Timings:
-        steps = [after - before for before, after in zip(self.tokens, self.tokens[1:], strict=False)]
-        now = time.perf_counter()
-        first = (self.tokens[0] if self.tokens else now) - self.start
-        decode = 1000 * statistics.median(steps) if steps else None
-        return Timings(1000 * self.preprocess, 1000 * self.encode, 1000 * self.prefill, 1000 * first, decode, 1000 * (now - self.start))
+        steps = tuple(1000 * (after - before) for before, after in itertools.pairwise(self.tokens))
+        return Timings(
+            image_preprocess=1000 * self.preprocess,
+            image_encode=1000 * self.encode,
+            prefill=1000 * self.prefill,
+            first_token=1000 * (self.tokens[0] - self.start),
+            decode_per_token=statistics.median(steps) if steps else None,
+            total=1000 * (time.perf_counter() - self.start),
+            decode_steps=steps,
+        )
 
 
 class Stream(Iterator[str]):

@@ -71,10 +71,10 @@ def image_tokens(grid: Grid, per_tile: int) -> str:
 
 def tile(image: Image.Image, settings: dict[str, Any]) -> tuple[list[Image.Image], Grid]:
     """The tiles of one picture, the view of the whole last, and (rows, columns)."""
-    side, resample = settings["max_image_size"]["longest_edge"], Image.Resampling(settings["resample"])
-    if settings["do_resize"]:
+    side, resample = settings["max_image_size"]["longest_edge"], Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR))
+    if settings.get("do_resize"):
         image = image.resize(_bounded(image.size, settings["size"]), resample)
-    if not settings["do_image_splitting"]:
+    if not settings.get("do_image_splitting"):
         return [image.resize((side, side), resample)], WHOLE
     image = image.resize(_whole_tiles(image.size, side), resample)
     columns, rows = image.width // side, image.height // side
@@ -87,10 +87,10 @@ def tile(image: Image.Image, settings: dict[str, Any]) -> tuple[list[Image.Image
 def level_table(settings: dict[str, Any]) -> np.ndarray:
     """Rescaling and normalisation of the 256 levels of each channel, float32 [3, 256]: a lookup is exact and costs no arithmetic per pixel."""
     levels = np.arange(256, dtype=np.float64)
-    if settings["do_rescale"]:
+    if settings.get("do_rescale"):
         levels = levels * settings["rescale_factor"]
     table = np.tile(levels.astype(np.float32), (3, 1))
-    if settings["do_normalize"]:
+    if settings.get("do_normalize"):
         table = (table - _per_channel(settings["image_mean"])) / _per_channel(settings["image_std"])
     return table
 
