@@ -20,7 +20,7 @@ ImageSource = Path | str | bytes | Image.Image | np.ndarray
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Decode an image to upright 8-bit RGB: EXIF rotation applied, first frame of an animation, alpha dropped, as `transformers.image_utils.load_image` does.
+    """Decode an image to upright 8-bit RGB: EXIF rotation applied, first frame of an animation, alpha dropped, as transformers does.
 
     `source` is a path, encoded bytes, a PIL image, or a uint8 array [H, W, 3] or [H, W]. Raises ImageError, naming the source, if it
     can't be decoded in full, is a single pixel, has more than 100 megapixels, or has a side over 200 times the other.
@@ -35,7 +35,9 @@ def open_image(source: ImageSource) -> Image.Image:
         raise
     except FileNotFoundError:
         raise ImageError(f"no image file at {name}; expected a JPEG, PNG, WebP, GIF or BMP file there") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # from twice Pillow's own limit on, before a size is known here
+        raise ImageError(f"{name} is too large ({_one_line(error)}); at most {MAX_PIXELS // 10**6} megapixels are decoded, scale it down first") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, EOFError) as error:
         raise ImageError(f"could not decode {name} ({_one_line(error)}); expected a whole JPEG, PNG, WebP, GIF or BMP, save it again") from None
 
 
