@@ -12,28 +12,24 @@ On macOS the packages run on Apple's engine, elsewhere in this package's interpr
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import importlib
-import io
-import logging
+import json
 import os
 import sys
 import uuid
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BundleError, MastersError, ModelError, missing_extra
+from ..errors import BundleError, MastersError, ModelError
 from ..files import read_json
 from ..manifest import Manifest, Part, TensorSpec
-from .mil import DATA, load_program
-from .precision import parse_precision
+from .mil import DATA, import_coremltools, load_program, quiet
+from .precision import Precision, parse_precision
+from .source import load_family
 
 if TYPE_CHECKING:
     import torch
@@ -41,64 +37,51 @@ if TYPE_CHECKING:
     from ..runtime.pixels import Pixels
 
 WORDS = ("fp16", "int8", "int4")
-BLOCK = 32  # weights that share one int4 scale
 MASKED = -1e4  # far below any score, and its sums stay within float16
 MOST_CONTEXT = 2048  # unless asked otherwise: a cache takes its whole size from the start
+LEAST_CONTEXT = 8  # a free axis needs some room
 # Only weights: coremltools would also quantise the tables of positions and rotary angles, whatever their effect.
 WEIGHTED = ("conv", "linear", "gather")
 EXPORTER = "co.huggingface.exporters.name"
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """An input, output or state of a package; a dimension is a number or the name of an axis of 1 to context."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def spec(self) -> TensorSpec:
-        return TensorSpec(self.name, self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
 class Package:
-    """What a package is converted from."""
+    """What a package is converted from. An axis with a name is 1 to context long."""
 
     module: torch.nn.Module
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    states: tuple[Tensor, ...] = ()
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[TensorSpec, ...] = ()
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: str, context: int | None = None) -> dict[str, Part]:
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision | str, context: int | None = None) -> dict[str, Part]:
     """Write the three packages of a Hugging Face model (float32, evaluation mode) below `folder`; the same model gives the same bytes.
 
-    `precision` is fp16, int8 (weights, a scale per output channel), int4 (the decoder's weights, a scale per 32; the rest int8), or one word per part as
+    `precision` is fp16, int8 (weights, a scale per output channel), int4 (the decoder's weights, a scale per block; the rest int8), or one word per part as
     for ONNX. `context` is the most positions of prompt and answer, by default the model's own but at most 2,048. Raises ModelError for a model that
     can't be re-authored, MastersError for another precision or context.
     """
+    precision = parse_precision(precision) if isinstance(precision, str) else precision
     words = _words(precision)
     longest = int(model.config.text_config.max_position_embeddings)
     context = min(longest, MOST_CONTEXT) if context is None else context
-    if not 1 <= context <= longest:
-        raise MastersError(f"context is {context}; expected 1 to {longest}, the positions that the model was made for")
+    if not LEAST_CONTEXT <= context <= longest:
+        raise MastersError(f"context is {context}; expected {LEAST_CONTEXT} to {longest}, the positions that the model was made for")
     packages = _packages(model, int(processor.image_processor.max_image_size["longest_edge"]), context)
     name = _model_name(model)
     parts = {}
     for part, package in packages.items():
-        converted = _compress(_convert(package, context), words[part])
+        converted = _compress(_convert(package, context), words[part], precision.block_size)
         converted.short_description = f"{part} of {name}, {words[part]}"
         converted.user_defined_metadata[EXPORTER] = name
         _save(converted, folder / f"{part}.mlpackage")
-        specs = (tuple(tensor.spec() for tensor in tensors) for tensors in (package.inputs, package.outputs))
-        parts[part] = Part(f"{part}.mlpackage", words[part], *specs)
+        parts[part] = Part(f"{part}.mlpackage", words[part], package.inputs, package.outputs)
     return parts
 
 
-def _words(precision: str) -> dict[str, str]:
-    parsed = parse_precision(precision)
-    words = {"vision_encoder": parsed.vision, "embed_tokens": parsed.embed, "decoder": parsed.decoder}
+def _words(precision: Precision) -> dict[str, str]:
+    words = {"vision_encoder": precision.vision, "embed_tokens": precision.embed, "decoder": precision.decoder}
     for part, word in words.items():
         if word not in WORDS:
             raise MastersError(f"{part} would be {word}; Core ML's states and Neural Engine are float16, choose fp16, int8 or int4 for every part")
@@ -108,27 +91,27 @@ def _words(precision: str) -> dict[str, str]:
 def _model_name(model: Any) -> str:
     """The name of the checkpoint on the Hub, or of its folder; never a path of this machine."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    return (Path(name).name if Path(name).exists() else name) or str(model.config.model_type)
+    return (Path(name).name if Path(name).is_absolute() or Path(name).exists() else name) or str(model.config.model_type)
 
 
 def _packages(model: Any, side: int, context: int) -> dict[str, Package]:
     from .reauthored import reauthor
 
-    try:
-        family = importlib.import_module(f".families.{model.config.model_type}", __package__)
-    except ModuleNotFoundError:
-        raise ModelError(f"the model type is '{model.config.model_type}'; expected one that has a file in export/families, which this one lacks") from None
+    family = load_family(model.config.model_type)
+    if not hasattr(family, "vision_parts"):
+        raise ModelError(f"the model type '{model.config.model_type}' has no Core ML form; export it with --target onnx")
     parts = reauthor(family.vision_parts(model), family.text_parts(model), side, context)
+    vision, decoder = parts.vision_encoder, parts.decoder
     vocabulary, width = parts.embed_tokens.weight.shape
-    features = (1, (parts.vision_encoder.grid // parts.vision_encoder.scale) ** 2, width)
-    states = tuple(Tensor(name, "float16", tuple(getattr(parts.decoder, name).shape)) for name in ("keyCache", "valueCache"))
-    embeds = Tensor("inputsEmbeds", "float16", (1, "q", width))
+    images = TensorSpec("images", "float16", (1, 3, side, side))
+    features = TensorSpec("image_features", "float16", (1, (vision.grid // vision.scale) ** 2, width))
+    ids, embeds = TensorSpec("inputIds", "int32", (1, "q")), TensorSpec("inputsEmbeds", "float16", (1, "q", width))
+    mask, logits = TensorSpec("causalMask", "float16", (1, 1, "q", "total")), TensorSpec("logits", "float16", (1, 1, vocabulary))
+    states = tuple(TensorSpec(name, "float16", tuple(getattr(decoder, name).shape)) for name in ("keyCache", "valueCache"))
     return {
-        "vision_encoder": Package(parts.vision_encoder, (Tensor("images", "float16", (1, 3, side, side)),), (Tensor("image_features", "float16", features),)),
-        "embed_tokens": Package(parts.embed_tokens, (Tensor("inputIds", "int32", (1, "q")),), (embeds,)),
-        "decoder": Package(
-            parts.decoder, (embeds, Tensor("causalMask", "float16", (1, 1, "q", "total"))), (Tensor("logits", "float16", (1, 1, vocabulary)),), states
-        ),
+        "vision_encoder": Package(vision, (images,), (features,)),
+        "embed_tokens": Package(parts.embed_tokens, (ids,), (embeds,)),
+        "decoder": Package(decoder, (embeds, mask), (logits,), states),
     }
 
 
@@ -136,10 +119,10 @@ def _convert(package: Package, context: int) -> Any:
     """The package as an unsaved Core ML model in float16."""
     import torch
 
-    coremltools = import_coremltools()
+    coremltools = _converter()
     ranges = {name: coremltools.RangeDim(1, context, default=1, symbol=name) for name in ("q", "total")}
 
-    def kind(tensor: Tensor) -> Any:
+    def kind(tensor: TensorSpec) -> Any:
         shape = tuple(ranges[size] if isinstance(size, str) else size for size in tensor.shape)
         return coremltools.TensorType(name=tensor.name, shape=shape, dtype=np.dtype(tensor.dtype).type)
 
@@ -164,7 +147,7 @@ def _exported(package: Package, context: int) -> Any:
 
     axes = {name: torch.export.Dim(name, min=1, max=context) for name in ("q", "total")}
     # Two different lengths, neither 0 nor 1, which the exporter would take for constants.
-    example_sizes = {"q": min(3, context), "total": min(5, context)}
+    example_sizes = {"q": 3, "total": 5}
     examples, dynamic = [], []
     for tensor in package.inputs:
         shape = [example_sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -173,12 +156,12 @@ def _exported(package: Package, context: int) -> Any:
     return torch.export.export(package.module, tuple(examples), dynamic_shapes=tuple(dynamic), strict=False).run_decompositions({})
 
 
-def _compress(converted: Any, word: str) -> Any:
+def _compress(converted: Any, word: str, block: int) -> Any:
     """The model with its weights as integers and scales; they are decompressed to float16 on the device."""
     if word == "fp16":
         return converted
     optimize = import_coremltools().optimize.coreml
-    settings = {"granularity": "per_channel"} if word == "int8" else {"granularity": "per_block", "block_size": BLOCK}
+    settings = {"granularity": "per_channel"} if word == "int8" else {"granularity": "per_block", "block_size": block}
     weights = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype=word, weight_threshold=1024, **settings)
     with quiet():
         return optimize.linear_quantize_weights(converted, optimize.OptimizationConfig(op_type_configs=dict.fromkeys(WEIGHTED, weights)))
@@ -186,14 +169,12 @@ def _compress(converted: Any, word: str) -> Any:
 
 def _save(converted: Any, package: Path) -> None:
     """Save the model so that equal models give equal bytes: messages in a fixed order, identifiers derived from what they identify."""
-    from coremltools.proto import Model_pb2
-
     with quiet():
         converted.save(str(package))
     # A map from torch's graph to the program's, which no program on a device reads.
     (package / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
     model = package / DATA / "model.mlmodel"
-    spec = Model_pb2.Model()
+    spec = import_coremltools().proto.Model_pb2.Model()
     spec.ParseFromString(model.read_bytes())
     model.unlink()  # it is readable by its owner alone
     model.write_bytes(spec.SerializeToString(deterministic=True))
@@ -202,8 +183,6 @@ def _save(converted: Any, package: Path) -> None:
 
 def _name_items(package: Path) -> None:
     """Replace the package's random identifiers by ones that its contents determine."""
-    import json
-
     file = package / "Manifest.json"
     manifest = read_json(file)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((package / DATA).rglob("*")) if path.is_file())).hexdigest()
@@ -215,17 +194,12 @@ def _name_items(package: Path) -> None:
 
 
 @functools.cache
-def import_coremltools() -> Any:
-    """coremltools, knowing the re-authored parts' own operation. Raises MissingExtraError."""
-    try:
-        with quiet():
-            import coremltools
-            import coremltools.optimize.coreml
-            from coremltools.converters.mil import Builder
-            from coremltools.converters.mil.frontend.torch.ops import _get_inputs
-            from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
-    except ImportError:
-        raise missing_extra("coremltools", "export") from None
+def _converter() -> Any:
+    """coremltools, knowing the re-authored decoder's own operation."""
+    coremltools = import_coremltools()
+    from coremltools.converters.mil import Builder
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
     @register_torch_op(torch_alias=["masters::write_cache"], override=True)
     def write_cache(context: Any, node: Any) -> None:
@@ -235,19 +209,6 @@ def import_coremltools() -> Any:
         context.add(Builder.slice_update(x=cache, update=update, begin=first, end=last, name=node.name))
 
     return coremltools
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the converter's bars and its remarks on versions, which say nothing about the result; errors are raised as ever."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 # Running

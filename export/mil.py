@@ -7,15 +7,19 @@ the interface of `coremltools.models.MLModel`: `predict` and `make_state`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import BundleError
+from ..errors import BundleError, MissingExtraError, missing_extra
 from .mil_ops import MOVES, NUMPY_TYPES, OPERATIONS
 
 DATA = "Data/com.apple.CoreML"
@@ -93,10 +97,38 @@ def round_half(x: np.ndarray) -> np.ndarray:
     return np.asarray(x).astype(np.float16).astype(np.float32)
 
 
+@functools.cache
+def import_coremltools() -> Any:
+    """coremltools, without its remarks on import. Raises MissingExtraError."""
+    try:
+        with quiet():
+            import coremltools
+            import coremltools.optimize.coreml
+            from coremltools.converters.mil.frontend.milproto import load  # noqa: F401
+    except ImportError:
+        raise missing_extra("coremltools", "export") from None
+    return coremltools
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without coremltools' bars and its remarks on versions, which say nothing about the result; errors are raised as ever."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def load_program(package: Path) -> Program:
     """The program of an .mlpackage. Raises BundleError if it is damaged or uses an operation that is not known here."""
     try:
         spec, function = _read_package(package)
+    except MissingExtraError:
+        raise
     except Exception as error:  # protobuf, the weight reader and coremltools each raise their own kinds
         raise BundleError(f"{package} is no whole Core ML package ({str(error).splitlines()[0][:160]}); export the bundle again") from None
     slots: dict[Any, int] = {}
@@ -124,12 +156,12 @@ def load_program(package: Path) -> Program:
 
 def _read_package(package: Path) -> tuple[Any, Any]:
     """The specification and the main function of a package, through coremltools' reader."""
-    from coremltools.converters.mil.frontend.milproto.load import load
-    from coremltools.proto import Model_pb2
-
-    spec = Model_pb2.Model()
+    coremltools = import_coremltools()
+    spec = coremltools.proto.Model_pb2.Model()
     spec.ParseFromString((package / DATA / "model.mlmodel").read_bytes())
-    program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(package / DATA / "weights"))
+    with quiet():
+        load = coremltools.converters.mil.frontend.milproto.load.load
+        program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(package / DATA / "weights"))
     return spec, program.functions["main"]
 
 
@@ -145,8 +177,7 @@ def _ranges(spec: Any) -> dict[str, tuple[tuple[int, int], ...]]:
 
 
 def _port(name: str, variable: Any, slot: int, ranges: dict[str, tuple[tuple[int, int], ...]]) -> Port:
-    from coremltools.converters.mil.mil import types
-
+    types = import_coremltools().converters.mil.mil.types
     kind = variable.sym_type.wrapped_type() if types.is_state(variable.sym_type) else variable.sym_type
     return Port(name, types.builtin_to_string(kind.get_primitive()), ranges[name], slot)
 
@@ -164,9 +195,7 @@ def _constant(operation: Any) -> Any:
 
 
 def _is_half(variable: Any) -> bool:
-    from coremltools.converters.mil.mil import types
-
-    return bool(variable.dtype == types.fp16)
+    return bool(variable.dtype == import_coremltools().converters.mil.mil.types.fp16)
 
 
 def _steps(package: Path, operations: list[Any], slot: Callable[[Any], int], constants: list[Any], kept: set[int]) -> tuple[Step, ...]:
