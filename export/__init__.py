@@ -1,0 +1,50 @@
+"""`masters export`: a Hugging Face folder becomes a bundle for a device, proven against PyTorch from the image file on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import MastersError, missing_extra
+from ..manifest import TARGETS, Manifest
+
+__all__ = ["ExportConfig", "export"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `masters export` does. `precision` is one of fp32, fp16, int8, int4, or per part: 'vision=int8,decoder=int4,embed=int8'.
+
+    With `data`, bundle and PyTorch answer the same questions; `max_drop` is then the largest loss of score (0.02 is two points)
+    that the lower end of the difference's interval may show. `allow_mismatch` keeps a bundle that fails parity, marked in its notes.
+    """
+
+    student: Path
+    target: str
+    out: Path
+    precision: str = "fp32"
+    data: Path | None = None
+    max_drop: float | None = None
+    force: bool = False
+    allow_mismatch: bool = False
+    block_size: int = 32  # weights that share an int4 scale; 16, 32, 64 or 128
+    accuracy_level: int = 0  # MatMulNBits: 0 lets ONNX Runtime choose, 1 computes in fp32, 4 in int8, faster, and it can flip the argmax
+
+
+def export(config: ExportConfig) -> Manifest:
+    """Write the bundle of `config.student` to `config.out` and return its manifest.
+
+    Raises ModelError for a folder that can't be exported, ParityError where a graph disagrees with PyTorch, MastersError for a setting
+    out of range or an output folder that exists. On any error nothing stands at `config.out` that did not stand there before.
+    """
+    if config.target not in TARGETS:
+        raise MastersError(f"unknown target '{config.target}'; expected one of {', '.join(TARGETS)}")
+    if config.max_drop is not None and config.data is None:
+        raise MastersError("a largest drop was given without questions to measure it on; pass --data FILE too")
+    try:
+        from .bundle import write_bundle
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("masters"):
+            raise
+        raise missing_extra(error.name or "torch", "export") from None
+    return write_bundle(config)

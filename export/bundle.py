@@ -1,0 +1,135 @@
+"""The way from a Hugging Face folder to a bundle, the same for every target: files, graphs, golden tensors, proof, manifest."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .. import manifest as manifests
+from ..errors import MastersError, ParityError
+from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_json, write_text
+from ..manifest import Decoder, Manifest, Part
+from ..progress import say
+from ..runtime.session import Vlm
+from . import ExportConfig
+from .drop import measure_drop
+from .golden import GOLDEN, write_golden
+from .parity import check_parity, failures
+from .precision import Precision, parse_precision
+from .source import Source, load_source
+
+# Copied as they are: the program that loads the bundle reads what was trained with.
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def write_bundle(config: ExportConfig) -> Manifest:
+    """See `masters.export.export`."""
+    precision = parse_precision(config.precision, config.block_size, config.accuracy_level)
+    student, out = config.student.resolve(), config.out.resolve()
+    if out == student or out in student.parents:
+        raise MastersError(f"the output folder {config.out} holds the model to be exported; choose another output folder")
+    with whole_folder(config.out, replace=config.force) as folder:
+        source = load_source(config.student)
+        manifest = _write_files(source, config, precision, folder)
+        manifest = _prove(source, config, manifest, folder)
+        manifests.write_manifest(folder, manifest)
+    return manifest
+
+
+def load_target(name: str) -> ModuleType:
+    """The module of a target: write_parts, load_parts, MOST_CONTEXT."""
+    if name == "onnx":
+        from . import onnx_target
+
+        return onnx_target
+    from . import coreml
+
+    return coreml
+
+
+def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> Manifest:
+    """Everything but the proof; the manifest lists no files yet."""
+    target = load_target(config.target)
+    if config.target == "onnx":
+        parts = target.write_parts(source.model, source.processor, folder, precision)
+        config_json = target.model_config(read_json(source.folder / "config.json"), folder, precision)
+    else:
+        parts = target.write_parts(source.model, source.processor, folder, str(precision))
+        config_json = read_json(source.folder / "config.json")
+    write_json(folder / "config.json", config_json)
+    _write_processor(source, folder)
+    return _manifest(source, config.target, target, parts)
+
+
+def _write_processor(source: Source, folder: Path) -> None:
+    """Tokenizer, template and preprocessing: the folder's own files, and in the names that other programs read where it lacks them."""
+    for name in COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    if not (folder / "tokenizer.json").is_file():
+        source.processor.tokenizer.save_pretrained(folder)
+    if not (folder / "preprocessor_config.json").is_file():  # transformers 5 keeps it inside processor_config.json, other programs don't look there
+        write_json(folder / "preprocessor_config.json", source.processor.image_processor.to_dict())
+    if not (folder / "chat_template.jinja").is_file() and isinstance(source.processor.chat_template, str):
+        write_text(folder / "chat_template.jinja", source.processor.chat_template)
+    if not (folder / "generation_config.json").is_file():
+        write_json(folder / "generation_config.json", source.model.generation_config.to_diff_dict())
+
+
+def _manifest(source: Source, name: str, target: ModuleType, parts: dict[str, Part]) -> Manifest:
+    model, text = source.model, source.model.config.get_text_config()
+    settings = model.generation_config
+    checkpoint = {"checkpoint": sha256_folder(source.folder, (".safetensors", ".json", ".jinja"))}
+    recipe = source.folder.parent / "recipe.yaml"
+    return Manifest(
+        target=name,
+        model_type=source.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        source=checkpoint | ({"recipe": sha256_file(recipe)} if recipe.is_file() else {}),
+        parts=parts,
+        decoder=Decoder(
+            layers=text.num_hidden_layers,
+            kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            context=min(text.max_position_embeddings, target.MOST_CONTEXT),
+        ),
+        preprocessing=source.preprocessing,
+        generation={
+            "eos_token_ids": sorted(source.end_tokens()),
+            "pad_token_id": settings.pad_token_id if settings.pad_token_id is not None else text.pad_token_id,
+            "image_token_id": model.config.image_token_id,
+            **getattr(target, "GENERATION", {}),
+        },
+        files={},
+    )
+
+
+def _prove(source: Source, config: ExportConfig, manifest: Manifest, folder: Path) -> Manifest:
+    """Golden tensors, parity and the score on the user's questions; the manifest with all of it and with every file's hash."""
+    vlm = Vlm(manifest, folder, load_target(config.target).load_parts(folder, manifest))
+    parity, references = check_parity(vlm, source)
+    notes = []
+    if failed := failures(parity):
+        if not config.allow_mismatch:
+            raise ParityError(f"{failed[0]}; nothing was written, --allow-mismatch keeps such a bundle, marked")
+        notes = [f"kept in spite of a mismatch: {line}" for line in failed]
+        say(notes[0])
+    if references:
+        write_golden(folder / GOLDEN, vlm, references[0])
+    checks: list[dict[str, Any]] = [] if config.data is None else [measure_drop(vlm, source, config.data, config.max_drop)]
+    return replace(
+        manifest,
+        golden=GOLDEN if references else None,
+        parity=[asdict(row) for row in parity],
+        checks=checks,
+        notes=notes,
+        files=manifests.list_files(folder),
+    )

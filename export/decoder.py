@@ -1,0 +1,161 @@
+"""The decoder_model_merged graph, authored: a Llama-shaped decoder on ONNX Runtime's fused operators.
+
+Packed query, key and value projections, GroupQueryAttention with the rotary embedding inside, skip connections fused into the
+norms, and logits for the last positions alone. One graph serves prompts and single steps, a cache that grows from nothing
+(transformers.js) and one buffer that is past and present at once (the runtime here).
+
+Shapes: B batch, S new positions, P past positions, T = P + S, D hidden, H query heads, K key/value heads, h head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ..errors import ModelError
+from .graph import MICROSOFT, GraphAuthor
+
+SUPPORTED = ("llama",)  # text_config.model_type
+LAST = 2**63 - 1
+
+
+def build_decoder(text_model: Any, lm_head: torch.nn.Linear, half: bool = False, context: int | None = None) -> ir.Model:
+    """The graph of a Hugging Face decoder (`text_model`: embed_tokens, layers, norm, rotary_emb) and its head.
+
+    Inputs inputs_embeds f32[B,S,D], attention_mask i64[B,T], position_ids i64[B,S], past_key_values.{i}.key/.value [B,K,P,h],
+    num_logits_to_keep i64[] (0 keeps all); outputs logits f32[B,kept,V], present.{i}.key/.value [B,K,T,h]. With `half`, weights, cache and
+    arithmetic are float16. `context` is the most positions (None: the model's own). Padding, where a batch has some, stands on the right.
+    Raises ModelError for another architecture than Llama's.
+    """
+    check_decoder(text_model.config)
+    longest = context or text_model.config.max_position_embeddings
+    return _Decoder(text_model, lm_head, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, longest).build()
+
+
+def check_decoder(config: Any) -> None:
+    """Raise ModelError unless the graph below computes what this text config describes."""
+    if config.model_type not in SUPPORTED:
+        raise ModelError(f"the decoder is of type '{config.model_type}'; expected one of {', '.join(SUPPORTED)}, this version can't export another")
+    if config.hidden_act != "silu":
+        raise ModelError(f"the decoder's activation is '{config.hidden_act}'; expected 'silu', this version can't export another")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    # These two change the angles with the length of the prompt, a stored table can't.
+    if rope in ("dynamic", "longrope"):
+        raise ModelError(f"the decoder's rotary embedding is of type '{rope}'; expected one whose angles depend on the position alone")
+
+
+class _Decoder:
+    """The graph under construction: what every layer needs, computed once."""
+
+    def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int) -> None:
+        self.text_model, self.lm_head, self.dtype, self.context, self.config = text_model, lm_head, dtype, context, text_model.config
+        self.author = GraphAuthor("decoder_model_merged")
+
+    def build(self) -> ir.Model:
+        author, config = self.author, self.config
+        embeds = author.input("inputs_embeds", ir.DataType.FLOAT, ("batch_size", "sequence_length", config.hidden_size))
+        mask = author.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
+        self.positions = author.input("position_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
+        self._lengths(mask)
+        self._rotary()
+        hidden = embeds if self.dtype == ir.DataType.FLOAT else author.cast(embeds, self.dtype)
+        residual, normed = hidden, self._first_norm(hidden)
+        for index, layer in enumerate(self.text_model.layers):
+            normed, residual = self._skip_norm(
+                self._attention(normed, layer.self_attn, index), residual, layer.post_attention_layernorm, f"layers.{index}.mlp_norm"
+            )
+            last = index + 1 == len(self.text_model.layers)
+            following = self.text_model.norm if last else self.text_model.layers[index + 1].input_layernorm
+            name = "norm" if last else f"layers.{index + 1}.attention_norm"
+            normed, residual = self._skip_norm(self._mlp(normed, layer.mlp, index), residual, following, name)
+        self._logits(normed)
+        return author.model()
+
+    def _lengths(self, mask: ir.Value) -> None:
+        """GroupQueryAttention's own description of the mask: each row's last position i32[B], and the longest row's length i32[]."""
+        op, constant = self.author.op, self.author.constant
+        count = op("ReduceSum", mask, constant([1]), keepdims=0)
+        self.last_position = self.author.cast(op("Sub", count, constant([1])), ir.DataType.INT32)
+        self.total = self.author.cast(op("Gather", op("Shape", mask), constant(1), axis=0), ir.DataType.INT32)
+
+    def _rotary(self) -> None:
+        """Tables of cosines and sines for every position, [context, h/2], as the Hugging Face module computes them (scaled variants included)."""
+        positions = torch.arange(self.context)[None]
+        with torch.no_grad():
+            tables = self.text_model.rotary_emb(torch.zeros(1), positions)
+        half = tables[0].shape[-1] // 2
+        self.cos, self.sin = (self._table(f"rotary.{name}", table[0, :, :half]) for name, table in zip(("cos", "sin"), tables, strict=True))
+
+    def _first_norm(self, x: ir.Value) -> Any:
+        """The first norm has no skip connection before it; in standard operators, which ONNX Runtime fuses by itself. Computed in float32 as everywhere."""
+        op, norm = self.author.op, self.text_model.layers[0].input_layernorm
+        wide = x if self.dtype == ir.DataType.FLOAT else self.author.cast(x, ir.DataType.FLOAT)
+        mean = op("ReduceMean", op("Pow", wide, self.author.constant(2, "float32")), self.author.constant([-1]), keepdims=1)
+        scaled = op("Div", wide, op("Sqrt", op("Add", mean, self.author.constant(norm.variance_epsilon, "float32"))))
+        narrow = scaled if self.dtype == ir.DataType.FLOAT else self.author.cast(scaled, self.dtype)
+        return op("Mul", narrow, self._table("layers.0.attention_norm.weight", norm.weight))
+
+    def _skip_norm(self, x: ir.Value, skip: ir.Value, norm: Any, name: str) -> tuple[Any, Any]:
+        """(norm(x + skip), x + skip)."""
+        gamma = self._table(f"{name}.weight", norm.weight)
+        outputs = self.author.op(
+            "SkipSimplifiedLayerNormalization", x, skip, gamma, name=name, outputs=4, domain=MICROSOFT, epsilon=float(norm.variance_epsilon)
+        )
+        return outputs[0], outputs[3]
+
+    def _attention(self, x: ir.Value, attention: Any, index: int) -> Any:
+        config, name = self.config, f"layers.{index}.attention"
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        cache_shape = ("batch_size", kv_heads, "past_sequence_length", attention.head_dim)
+        past = [self.author.input(f"past_key_values.{index}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
+        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
+        mixed, *present = self.author.op(
+            "GroupQueryAttention",
+            *(packed, None, None, *past, self.last_position, self.total, self.cos, self.sin, self.positions),
+            name=name,
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=float(attention.scaling),
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        for value, kind in zip(present, ("key", "value"), strict=True):
+            # Not total_sequence_length: where past and present share a buffer, this is the buffer's length.
+            self.author.output(value, f"present.{index}.{kind}", self.dtype, (*cache_shape[:2], "present_sequence_length", attention.head_dim))
+        return self._linear(mixed, (attention.o_proj,), f"{name}.o")
+
+    def _mlp(self, x: ir.Value, mlp: Any, index: int) -> Any:
+        gate = self._linear(x, (mlp.gate_proj,), f"layers.{index}.mlp.gate")
+        up = self._linear(x, (mlp.up_proj,), f"layers.{index}.mlp.up")
+        silu = self.author.op("Mul", gate, self.author.op("Sigmoid", gate))
+        return self._linear(self.author.op("Mul", silu, up), (mlp.down_proj,), f"layers.{index}.mlp.down")
+
+    def _logits(self, normed: ir.Value) -> None:
+        """Logits of the last num_logits_to_keep positions: a prompt's other logits would be S x V numbers that nobody reads."""
+        author, op = self.author, self.author.op
+        kept = author.input("num_logits_to_keep", ir.DataType.INT64, ())
+        start = op("Reshape", op("Neg", kept), author.constant([1]))
+        hidden = op("Slice", normed, start, author.constant([LAST]), author.constant([1]))
+        logits = self._linear(hidden, (self.lm_head,), "lm_head")
+        if self.dtype != ir.DataType.FLOAT:
+            logits = author.cast(logits, ir.DataType.FLOAT)
+        author.output(logits, "logits", ir.DataType.FLOAT, ("batch_size", "num_logits", self.lm_head.out_features))
+        # present.* were declared layer by layer; readers expect the logits first.
+        author.outputs.insert(0, author.outputs.pop())
+
+    def _linear(self, x: ir.Value, layers: tuple[torch.nn.Linear, ...], name: str) -> Any:
+        """x times the layers' weights side by side, [D, sum of outputs], plus their biases where they have some."""
+        shape = (layers[0].in_features, sum(layer.out_features for layer in layers))
+        weight = self.author.weight(f"{name}.weight", shape, self.dtype, lambda: torch.cat([layer.weight.detach() for layer in layers]).T)
+        product = self.author.op("MatMul", x, weight, name=name)
+        if all(layer.bias is None for layer in layers):
+            return product
+        bias = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+        return self.author.op("Add", product, self._table(f"{name}.bias", torch.cat(bias)))
+
+    def _table(self, name: str, values: torch.Tensor) -> ir.Value:
+        return self.author.weight(name, tuple(values.shape), self.dtype, lambda: values)

@@ -1,0 +1,44 @@
+"""Golden tensors: one image and question with PyTorch's own numbers, by which a device tests itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ..files import whole_file
+from ..runtime.session import Vlm
+from .parity import forced_logits, largest_difference
+from .reference import Reference
+
+GOLDEN = "golden.npz"
+# What another processor's kernels may add to the difference measured here: as much again, and rounding in float32.
+MARGIN, FLOOR = 2.0, 1e-3
+PIXELS = 1e-4
+
+
+def write_golden(path: Path, vlm: Vlm, reference: Reference) -> None:
+    """Write `reference` with the tolerances that `vlm`, the bundle on this machine, needs; the same input gives the same bytes."""
+    pixels = vlm.see([reference.image])[0]
+    features = vlm.parts.encode_images(pixels)
+    logits = forced_logits(vlm, reference, features)
+    # Where the bundle prefers another token, the golden one's logit lies below its highest; the self-test allows twice the logits' tolerance.
+    shortfall = max(float(row.max() - row[token]) for row, token in zip(logits, reference.tokens, strict=True))
+    tolerance = {
+        "pixel_values": PIXELS,
+        "image_features": MARGIN * largest_difference(features, reference.features) + FLOOR,
+        "logits": max(MARGIN * largest_difference(logits, reference.logits), shortfall) + FLOOR,
+    }
+    arrays = {
+        "image": np.frombuffer(reference.image, np.uint8),
+        "question": np.array(reference.question),
+        "pixel_values": pixels.values,
+        "image_features": reference.features,
+        "logits": reference.logits[0],
+        "tokens": reference.tokens,
+        "tolerance": np.array(json.dumps(tolerance)),
+    }
+    # numpy stamps every member with 1980, so the bytes depend on the arrays alone.
+    with whole_file(path) as part:
+        np.savez(part, **arrays)

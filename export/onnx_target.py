@@ -1,0 +1,76 @@
+"""The target onnx: three graphs in the layout that transformers.js reads, and the runtime's sessions on them.
+
+Embedding and head are tied in most models, yet stored twice: the layout opens embed_tokens and decoder_model_merged as two files, a
+browser hands each its own data files only, and MatMul wants the transposed matrix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..manifest import Manifest, Part
+from ..runtime.graphs import OnnxParts
+from .decoder import build_decoder
+from .embedding import build_embedding
+from .graph import interface, save_graph
+from .precision import Precision
+from .quantize import quantize_int4, quantize_int8
+from .source import load_family
+from .vision import build_vision
+
+FOLDER = "onnx"
+# transformers.js knows a file's precision by these. int8 is its q8: dynamic, with unsigned weights.
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
+# The rotary tables hold a row for every position.
+MOST_CONTEXT = 32768
+# The decoder's past and present may be one buffer (GroupQueryAttention writes in place).
+GENERATION = {"shared_cache": True}
+
+
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) -> dict[str, Part]:
+    """Write the three graphs below `folder` and return what each is. Raises ModelError for a model that the graphs can't express."""
+    family = load_family(model.config.model_type)
+    text_model, lm_head = family.text_parts(model)
+    context = min(text_model.config.max_position_embeddings, MOST_CONTEXT)
+    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context)
+    (folder / FOLDER).mkdir()
+    return {
+        # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
+        "decoder": _write(_quantized(decoder, precision.decoder, precision), folder, precision.decoder),
+        "embed_tokens": _write(build_embedding(text_model.embed_tokens, precision.embed), folder, precision.embed),
+        "vision_encoder": _write(_quantized(build_vision(model, family, precision.vision == "fp16"), precision.vision, precision), folder, precision.vision),
+    }
+
+
+def load_parts(folder: Path, manifest: Manifest) -> OnnxParts:
+    """The runtime's sessions on the graphs of a bundle."""
+    return OnnxParts(folder, manifest)
+
+
+def model_config(config: dict[str, Any], folder: Path, precision: Precision) -> dict[str, Any]:
+    """config.json with what transformers.js asks for: each graph's data files, default precision, and the type of a float16 cache."""
+    data = {file.name: len(list(file.parent.glob(f"{file.name}_data*"))) for file in sorted((folder / FOLDER).glob("*.onnx"))}
+    dtype = {"vision_encoder": DTYPES[precision.vision], "embed_tokens": DTYPES[precision.embed], "decoder_model_merged": DTYPES[precision.decoder]}
+    ours = {
+        "use_external_data_format": {name: chunks for name, chunks in data.items() if chunks},
+        "dtype": dtype,
+        "kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"},
+    }
+    return config | {"transformers.js_config": ours}
+
+
+def _quantized(graph: ir.Model, word: str, precision: Precision) -> ir.Model:
+    if word == "int8":
+        return quantize_int8(graph)
+    return quantize_int4(graph, precision.block_size, precision.accuracy_level) if word == "int4" else graph
+
+
+def _write(graph: ir.Model, folder: Path, word: str) -> Part:
+    file = f"{FOLDER}/{graph.graph.name}{SUFFIXES[word]}.onnx"
+    inputs, outputs = interface(graph)
+    save_graph(graph, folder / file)
+    return Part(file, word, inputs, outputs)

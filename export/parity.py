@@ -1,0 +1,206 @@
+"""Does a bundle compute what PyTorch computes? Measured from the image file on, one row per stage, image and question.
+
+Stages in order: pixels, prompt ids, image features, embeddings, the prompt's logits, then every further token of PyTorch's own greedy answer through the
+bundle's cache. Each stage takes the bundle's output of the stage before, so that the first one over its tolerance is where the two part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..manifest import Part
+from ..progress import bar
+from ..runtime.chat import user_message
+from ..runtime.session import Picture, Vlm, prompt_keys
+from .awkward import awkward_images
+from .reference import Prompt, Reference, encode, refer
+from .source import Source
+
+QUESTIONS = ("What is in the picture?", "How many shapes are there, and which colour is the largest one?")
+# Images beyond this many tiles in all are compared in their pixels and prompts only: a large model takes seconds a tile.
+TILES = 24
+# Greedy tokens on the ordinary image, and on each of the others; fewer where PyTorch ends its answer.
+STEPS, FEWER_STEPS = 32, 8
+ORDER = ("fp32", "fp16", "int8", "int4")  # from exact to coarse
+# Two logits nearer to each other than a precision's own noise may change places.
+NOISE = {"fp32": 0.01, "fp16": 0.1, "int8": 0.5, "int4": 1.0}
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What each precision may lose. An error is |ours - theirs| / |theirs| over a whole tensor, a divergence KL(theirs, ours) in nats.
+
+    fp32 and fp16 allow for another order of summation; int8 and int4 are several times what healthy exports of the models in the tests
+    show, and far below what a wrong scale, a transposed weight or a shifted cache gives (an error near 1 and more).
+    """
+
+    features: float
+    embeddings: float
+    divergence: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-6, 1e-6),
+    "fp16": Tolerance(2e-2, 1e-3, 1e-3),
+    "int8": Tolerance(0.15, 0.02, 0.25),
+    "int4": Tolerance(0.5, 0.02, 1.0),
+}
+PIXELS = 1e-5  # of a range of about 2: two roundings in float32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `verdict` is pass, fail, or for tokens also ambiguous (a near-tie) and differs (reported, not judged)."""
+
+    stage: str
+    tensor: str
+    image: str
+    question: str
+    measure: str
+    difference: float
+    tolerance: float
+    verdict: str
+
+
+def check_parity(vlm: Vlm, source: Source) -> tuple[list[Row], list[Reference]]:
+    """Compare `vlm`, the bundle in the runtime, with the model it came from; also the references, the ordinary image's first."""
+    rows: list[Row] = []
+    references: list[Reference] = []
+    tiles = 0
+    for number, (name, image) in enumerate(bar(awkward_images().items(), "parity", total=len(awkward_images()))):
+        for question in QUESTIONS if number == 0 else (QUESTIONS[number % len(QUESTIONS)],):
+            prompt = encode(source, question, [image])
+            found, features_input = _inputs(vlm, prompt, name, image, question)
+            rows += found
+            if any(row.verdict == "fail" for row in found):
+                continue
+            tiles += int(np.prod(features_input.values.shape[:-3]))
+            if not references or tiles <= TILES:
+                references.append(refer(source, name, image, question, prompt, FEWER_STEPS if number else STEPS))
+                rows += compare(vlm, references[-1], features_input)
+    return rows, references
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """A sentence for each stage that failed: its first failing row, in the order of the stages."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row.verdict == "fail":
+            first.setdefault(row.stage, row)
+    ordered = [first[stage] for stage in ("pixels", "prompt", "features", "embeddings", "prefill", "decode", "tokens") if stage in first]
+    return [
+        f"the stage '{row.stage}' does not agree with PyTorch: {row.tensor} differs by {row.difference:.3g} ({row.measure}) on the image '{row.image}', "
+        f"at most {row.tolerance:.3g} is allowed"
+        for row in ordered
+    ]
+
+
+def _inputs(vlm: Vlm, prompt: Prompt, name: str, image: bytes, question: str) -> tuple[list[Row], Any]:
+    """Pixels and prompt ids of the runtime beside those of the Hugging Face processor."""
+    pixels = vlm.see([image])[0]
+    rows = []
+    for tensor, theirs in prompt.pixels.items():
+        difference = largest_difference(pixels.tensors.get(tensor), theirs.numpy())
+        rows.append(Row("pixels", tensor, name, question, "largest difference", difference, PIXELS, _verdict(difference, PIXELS)))
+    ids = vlm.prompt_ids([user_message(question, 1)], pixels.grids)
+    differing = float(np.sum(ids != prompt.ids)) if len(ids) == len(prompt.ids) else float(abs(len(ids) - len(prompt.ids)))
+    return [*rows, Row("prompt", "input_ids", name, question, "differing ids", differing, 0.0, _verdict(differing, 0.0))], pixels
+
+
+def compare(vlm: Vlm, reference: Reference, pixels: Any) -> list[Row]:
+    """Features, embeddings and every step's logits of the bundle beside PyTorch's, PyTorch's tokens being fed to both."""
+    words = {name: part.precision for name, part in vlm.manifest.parts.items()}
+    overall = coarsest(vlm.manifest.parts)
+    tolerance = TOLERANCES[overall]
+    where = (reference.name, reference.question)
+    features = vlm.parts.encode_images(pixels)
+    embeds = vlm.parts.embed(reference.prompt.ids)
+    rows = [
+        _row("features", "image_features", where, "relative error", relative_error(features, reference.features), TOLERANCES[words["vision_encoder"]].features),
+        _row("embeddings", "inputs_embeds", where, "relative error", relative_error(embeds, reference.embeds), TOLERANCES[words["embed_tokens"]].embeddings),
+    ]
+    if features.shape != reference.features.shape or not np.isfinite(features).all():
+        return rows
+    steps = forced_logits(vlm, reference, features)
+    divergences = [divergence(theirs, ours) for theirs, ours in zip(reference.logits, steps, strict=True)]
+    rows.append(_row("prefill", "logits", where, "KL divergence", divergences[0], tolerance.divergence))
+    if len(divergences) > 1:
+        rows.append(_row("decode", "logits", where, f"largest KL divergence of {len(divergences) - 1} steps", max(divergences[1:]), tolerance.divergence))
+    return [*rows, _tokens(reference, steps, overall)]
+
+
+def forced_logits(vlm: Vlm, reference: Reference, features: np.ndarray) -> np.ndarray:
+    """The bundle's logits f32 [steps, V] for PyTorch's prompt and PyTorch's tokens one by one through the cache."""
+    ids = reference.prompt.ids
+    cache = vlm.parts.new_cache(len(ids) + len(reference.tokens))
+    keys = prompt_keys(ids, [Picture(-1, (), features)], vlm.manifest.generation["image_token_id"])
+    embeds = vlm.parts.embed(ids).copy()
+    embeds[keys < 0] = features
+    logits = [vlm.parts.decode(embeds, cache)]
+    for token in reference.tokens[:-1]:
+        logits.append(vlm.parts.decode(vlm.parts.embed(np.array([token], np.int64)), cache))
+    return np.stack(logits)
+
+
+def token_verdict(theirs: np.ndarray, ours: np.ndarray, precision: str) -> str:
+    """'pass' if both logits f32 [V] have one argmax; 'ambiguous' if theirs nearly tie within the precision's noise and 9 of the top 10 agree."""
+    if theirs.argmax() == ours.argmax():
+        return "pass"
+    second, first = np.sort(theirs)[-2:]
+    shared = len(set(np.argsort(theirs)[-TOP:]) & set(np.argsort(ours)[-TOP:]))
+    if first - second < NOISE[precision] and shared >= min(TOP, len(theirs)) - 1:
+        return "ambiguous"
+    # A quantised model may prefer another token; whether that costs answers is for --data to say, and the divergence above is judged.
+    return "fail" if precision in ("fp32", "fp16") else "differs"
+
+
+def coarsest(parts: dict[str, Part]) -> str:
+    """The least exact precision among the parts, which bounds what their chain can keep."""
+    return max((part.precision for part in parts.values()), key=ORDER.index)
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """|ours - theirs| / |theirs|, Euclidean over all elements; infinite for another shape or a number that is not finite."""
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return float("inf")
+    return float(np.linalg.norm((ours - theirs).astype(np.float64)) / max(float(np.linalg.norm(theirs.astype(np.float64))), 1e-30))
+
+
+def largest_difference(ours: np.ndarray | None, theirs: np.ndarray) -> float:
+    """The largest absolute difference; infinite where `ours` is missing or has another shape."""
+    if ours is None or ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(initial=0))
+
+
+def divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """KL(softmax(theirs), softmax(ours)) in nats, in float64; infinite if `ours` is not finite."""
+    if not np.isfinite(ours).all():
+        return float("inf")
+    log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+    return float(max(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))
+
+
+def _tokens(reference: Reference, steps: np.ndarray, precision: str) -> Row:
+    """All greedy tokens as one row; its difference counts the steps at which the bundle would choose another token."""
+    verdicts = [token_verdict(theirs, ours, precision) for theirs, ours in zip(reference.logits, steps, strict=True)]
+    worst = max(verdicts, key=("pass", "ambiguous", "differs", "fail").index)
+    other = float(sum(verdict != "pass" for verdict in verdicts))
+    return Row("tokens", "tokens", reference.name, reference.question, f"other tokens of {len(verdicts)}", other, 0.0, worst)
+
+
+def _row(stage: str, tensor: str, where: tuple[str, str], measure: str, difference: float, tolerance: float) -> Row:
+    return Row(stage, tensor, *where, measure, difference, tolerance, _verdict(difference, tolerance))
+
+
+def _verdict(difference: float, tolerance: float) -> str:
+    return "pass" if difference <= tolerance else "fail"
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))

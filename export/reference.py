@@ -1,0 +1,81 @@
+"""What the PyTorch model makes of an image file and a question, stage by stage: the truth that a bundle is held to."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.image_utils import load_image
+
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Images and question as the Hugging Face processor has them: ids int64 [S], and the vision tower's inputs."""
+
+    ids: np.ndarray
+    pixels: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model's own numbers: features f32 [image tokens, D], embeddings of the ids f32 [S, D] before the features take their places,
+    logits f32 [steps, V], tokens int64 [steps]; logits[0] belong to the prompt's last position and give tokens[0]."""
+
+    name: str
+    image: bytes
+    question: str
+    prompt: Prompt
+    features: np.ndarray
+    embeds: np.ndarray
+    logits: np.ndarray
+    tokens: np.ndarray
+
+
+def encode(source: Source, question: str, images: Sequence[bytes | Path]) -> Prompt:
+    """The processor's own way from image files to tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        opened = [load_image(str(_as_file(image, Path(folder) / str(number)))) for number, image in enumerate(images)]
+    content = [*({"type": "image", "image": image} for image in opened), {"type": "text", "text": question}]
+    encoded = source.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = encoded.pop("input_ids")[0].numpy()
+    encoded.pop("attention_mask", None)
+    return Prompt(ids, {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)})
+
+
+def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt, steps: int) -> Reference:
+    """Run the model on an encoded prompt with one image, for up to `steps` tokens."""
+    with torch.no_grad():
+        features = source.family.image_features(source.model, prompt.pixels).numpy()
+        embeds = source.model.get_input_embeddings()(torch.from_numpy(prompt.ids)).numpy()
+    tokens, logits = greedy(source, prompt, steps)
+    return Reference(name, image, question, prompt, features, embeds, logits, tokens)
+
+
+def greedy(source: Source, prompt: Prompt, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `steps` greedy tokens int64 [n], the end token included where the model gives one, and the logits f32 [n, V] that chose them."""
+    ends = source.end_tokens()
+    tokens: list[int] = []
+    logits: list[np.ndarray] = []
+    ids, pixels, cache = torch.from_numpy(prompt.ids)[None], prompt.pixels, None
+    with torch.no_grad():
+        while len(tokens) < steps and not (tokens and tokens[-1] in ends):
+            out = source.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pixels)
+            logits.append(out.logits[0, -1].float().numpy())
+            tokens.append(int(logits[-1].argmax()))
+            ids, pixels, cache = torch.tensor([[tokens[-1]]]), {}, out.past_key_values
+    return np.array(tokens, np.int64), np.stack(logits)
+
+
+def _as_file(image: bytes | Path, place: Path) -> Path:
+    if isinstance(image, Path):
+        return image
+    place.write_bytes(image)
+    return place
