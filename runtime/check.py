@@ -44,8 +44,8 @@ class CheckConfig:
     cold_starts: int = 3  # processes; 0 measures none
 
     def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("min_count", 1), ("warm_up", 1), ("cold_starts", 0), ("min_seconds", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("limit", 1), ("max_tokens", 1), ("min_count", 1), ("warm_up", 1), ("cold_starts", 0), ("min_seconds", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise RecipeError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
 

@@ -12,7 +12,8 @@ BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or n
 class TextStream:
     """Text as it grows, token by token; special tokens are left out, white space at the very start too.
 
-    What `push` and `finish` return, put together, is the whole text. Bytes that never become a character are dropped.
+    What `push` and `finish` return, put together, is what the tokenizer makes of all ids at once. No piece ends within a character, and
+    one that the last token leaves unfinished is dropped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from masters.errors import BundleError, DataError
-from masters.runtime.chat import read_chat_format, sandbox, text_message, user_message
 from transformers import AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from masters.errors import BundleError, DataError
+from masters.runtime.chat import read_chat_format, sandbox, text_message, user_message
 
 CHATS = {
     "one question": [user_message("what is in the image?", 1)],

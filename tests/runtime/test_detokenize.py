@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
-from masters.runtime.detokenize import TextStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from masters.runtime.detokenize import TextStream
 
 TEXTS = ["plain words, then some", "naïve café 漢字仮名 🙂👩‍👩‍👧 end", "tabs\tand\n\nlines  and   spaces ", "🙂" * 5, "ünïcödé"]
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from masters.demo.models import SPECIAL, TEMPLATE, build_tokenizer
-from masters.errors import DataError
-from masters.images import open_image
-from masters.runtime.families import idefics3, smolvlm
 from PIL import Image, ImageOps
 from transformers import Idefics3Processor
 from transformers.image_utils import load_image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from masters.demo.models import SPECIAL, TEMPLATE, build_tokenizer
+from masters.errors import DataError
+from masters.images import open_image
+from masters.runtime.families import idefics3, smolvlm
 
 rng = np.random.default_rng(7)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from masters.errors import RecipeError
-from masters.runtime.sampling import Sampling, choose, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition, softmax
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from masters.errors import RecipeError
+from masters.runtime.sampling import Sampling, choose, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition, softmax
 
 VOCAB = 1000
 SEEN = np.array([3, 7, 7, 999, 0], dtype=np.int64)

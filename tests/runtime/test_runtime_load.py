@@ -1,0 +1,153 @@
+"""Loading: verification, the golden self-test, providers, and what importing the runtime brings along."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch_reference import picture
+
+from masters.errors import BundleError
+from masters.manifest import list_files, read_manifest, write_manifest
+from masters.runtime import Vlm, load
+from masters.runtime.golden import compare, self_test
+from masters.runtime.graphs import check_provider
+
+
+def test_a_bundle_loads_and_passes_its_own_test(bundle: Path) -> None:
+    vlm = load(bundle, threads=1)
+    assert (vlm.parts.threads, vlm.parts.provider) == (1, "cpu")
+    assert vlm.manifest.golden
+    stages = {comparison.stage: comparison for comparison in self_test(vlm, bundle / vlm.manifest.golden)}
+    assert list(stages) == ["pixel_values", "image_features", "logits", "tokens"]
+    assert stages["pixel_values"].difference <= 1e-5
+
+
+def changed(bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of the bundle with other golden tensors, its hashes right."""
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    assert manifest.golden
+    with np.load(folder / manifest.golden) as stored:
+        arrays = dict(stored)
+    change(arrays)
+    np.savez(folder / manifest.golden, **arrays)
+    write_manifest(folder, dataclasses.replace(manifest, files=list_files(folder)))
+    return folder
+
+
+def other_token(arrays: dict[str, Any]) -> None:
+    arrays["tokens"] = (arrays["tokens"] + 1) % 400
+
+
+@pytest.mark.parametrize(
+    ("change", "stage"),
+    [
+        (lambda a: a.update(pixel_values=a["pixel_values"] + np.float32(0.01)), "at pixel_values"),
+        (lambda a: a.update(image_features=a["image_features"] * np.float32(1.5)), "at image_features"),
+        (lambda a: a.update(image_features=a["image_features"][..., :-1]), "at image_features: it is inf"),
+        (lambda a: a.update(logits=a["logits"][::-1]), "at logits"),
+        (other_token, "at tokens"),
+        (lambda a: a.update(question=np.array("what else?")), "at logits"),
+        (lambda a: a.pop("logits"), "lacks 'logits'"),
+    ],
+)
+def test_the_self_test_names_the_stage_that_is_off(change: Callable[[dict[str, Any]], None], stage: str, bundle: Path, tmp_path: Path) -> None:
+    folder = changed(bundle, tmp_path, change)
+    with pytest.raises(BundleError, match=stage):
+        load(folder, threads=1)
+    # Deferred, by name only.
+    assert load(folder, threads=1, verify=False).answer("hi", max_tokens=1).token_ids
+
+
+def test_differences_that_are_no_number_fail() -> None:
+    assert compare("x", np.array([np.nan]), np.array([0.0]), 1.0).difference == np.inf
+    assert compare("x", np.array([1.5, 0.0]), np.array([[1.0], [0.0]]), 1.0).difference == 0.5
+
+
+def test_a_changed_byte_is_found(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    graph = folder / read_manifest(folder).parts["decoder"].file
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(BundleError, match=f"{graph.name} was changed since its export"):
+        load(folder)
+
+
+def test_a_truncated_graph_is_refused_even_unverified(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    graph = folder / read_manifest(folder).parts["vision_encoder"].file
+    graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    with pytest.raises(BundleError, match="onnxruntime could not open") as caught:
+        load(folder, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_provider_that_is_not_here_is_refused(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"'cuda' is not in this onnxruntime; here are: .*cpu"):
+        load(bundle, provider="cuda")
+    with pytest.raises(BundleError, match="'warp' is not in this onnxruntime"):
+        load(bundle, provider="warp")
+
+
+def test_a_silent_fallback_is_refused() -> None:
+    with pytest.raises(BundleError, match="'cuda' was asked for and onnxruntime runs on cpu"):
+        check_provider(["CPUExecutionProvider"], "cuda")
+    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda")
+
+
+def test_other_folders_are_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no masters\.json in"):
+        load(tmp_path)
+    with pytest.raises(BundleError, match="threads is 0"):
+        load(bundle, threads=0)
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), target="coreml"))
+    with pytest.raises(BundleError, match="made for 'coreml', this runtime runs 'onnx'"):
+        load(folder)
+
+
+def test_a_graph_of_another_layout_is_refused(bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = read_manifest(folder)
+    write_manifest(folder, dataclasses.replace(manifest, parts={**manifest.parts, "decoder": manifest.parts["embed_tokens"]}))
+    with pytest.raises(BundleError, match="lacks the input 'attention_mask'"):
+        load(folder, verify=False)
+
+
+BLOCKED = """
+import sys
+for name in ("torch", "transformers", "onnx", "coremltools", "safetensors", "torchvision", "huggingface_hub"):
+    sys.modules[name] = None  # importing it raises ImportError
+from masters.runtime import load
+vlm = load(sys.argv[1], threads=1)
+print(vlm.answer("what colour is it?", [sys.argv[2]], max_tokens=8).token_ids)
+"""
+
+
+def test_the_runtime_needs_no_training_library(bundle: Path, vlm: Vlm, tmp_path: Path) -> None:
+    picture(3).save(tmp_path / "picture.png")
+    run = subprocess.run([sys.executable, "-c", BLOCKED, str(bundle), str(tmp_path / "picture.png")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(vlm.answer("what colour is it?", [picture(3)], max_tokens=8).token_ids)
+
+
+def test_import_is_quick_and_light() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import masters.runtime; took = time.perf_counter() - start; "
+        "import json; print(json.dumps([took, sorted({name.partition('.')[0] for name in sys.modules})]))"
+    )
+    runs = [json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    assert min(took for took, _ in runs) < 0.4, f"importing took {[took for took, _ in runs]} seconds"
+    loaded = set(runs[0][1])
+    assert {"numpy", "tokenizers", "PIL", "jinja2"} <= loaded
+    assert not loaded & {"torch", "transformers", "onnx", "coremltools", "click", "accelerate"}
