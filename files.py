@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from .errors import DataError, MastersError
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on any failure removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: several writers (numpy, PIL, parquet) choose the format by it.
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise MastersError(f"could not write {path}: {error.strerror or error}; free some space or choose another place, then run again") from error
+        raise _unwritten(path, part, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 @contextmanager
@@ -39,12 +40,11 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     if path.exists() and not replace:
         raise MastersError(f"{path} exists already; choose another output folder, or pass --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     try:
+        part.mkdir(parents=True)
         yield part
         if path.exists():
             os.replace(path, old)
@@ -52,10 +52,18 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     except OSError as error:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        raise MastersError(f"could not write {path}: {error.strerror or error}; free some space or choose another place, then run again") from error
+        raise _unwritten(path, part, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritten(path: Path, part: Path, error: OSError) -> Exception:
+    """What to raise when writing `path` failed: an error about another file, as when an input is missing, stays itself."""
+    name = error.filename and Path(error.filename)
+    if name and name != path and name not in path.parents and part not in (name, *name.parents):
+        return error
+    return MastersError(f"could not write {path}: {error.strerror or error}; free some space or choose another place, then run again")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -105,6 +105,10 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its entry. Raises BundleError, naming the first file that is missing, changed, or outside the bundle."""
     root = folder.resolve()
+    for name in [*(part.file for part in manifest.parts.values()), *([manifest.golden] if manifest.golden else [])]:
+        # A package is a folder: its files are listed, it is not.
+        if name not in manifest.files and not any(file.startswith(f"{name}/") for file in manifest.files):
+            raise BundleError(f"{folder / NAME} names '{name}' as part of the bundle but lists no such file with its hash; export the bundle again")
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.resolve().is_relative_to(root):
