@@ -85,11 +85,18 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 def picture_samples(split: str, count: int, rng: random.Random) -> list[Sample]:
     """`count` questions about pictures: half yes/no, the rest open answers and 4-way choices in equal parts."""
-    pictures = _split_pictures(split)
-    closed = [(p, q, a) for p in pictures for q, a in p.questions if a in ("yes", "no")]
-    open_ = [(p, q, a) for p in pictures for q, a in p.questions if a not in ("yes", "no")]
+    closed, open_ = _asked(split)
     picked = rng.sample(closed, min(count // 2, len(closed))) + [rng.choice(open_) for _ in range(count - min(count // 2, len(closed)))]
     return [_picture_sample(picture, question, answer, rng) for picture, question, answer in picked]
+
+
+def questions_about_one_picture(split: str, count: int, rng: random.Random) -> list[Sample]:
+    """Up to `count` of the questions about one picture, at most half of them yes/no where it has others."""
+    picture = rng.choice(_split_pictures(split))
+    shuffled = rng.sample(picture.questions, len(picture.questions))
+    others = [pair for pair in shuffled if pair[1] not in ("yes", "no")][: count // 2]
+    closed = [pair for pair in shuffled if pair[1] in ("yes", "no")][: count - len(others)]
+    return [_picture_sample(picture, question, answer, rng) for question, answer in others + closed]
 
 
 def _picture_sample(picture: Picture, question: str, answer: str, rng: random.Random) -> Sample:
@@ -102,6 +109,13 @@ def _picture_sample(picture: Picture, question: str, answer: str, rng: random.Ra
     choices = [answer, *wrong]
     rng.shuffle(choices)
     return Sample("", (picture.path,), question, (LETTERS[choices.index(answer)],), "choice", tuple(choices))
+
+
+@cache
+def _asked(split: str) -> tuple[list[tuple[Picture, str, str]], list[tuple[Picture, str, str]]]:
+    """Every question of a split with its picture and answer: the yes/no ones, and the others."""
+    asked = [(picture, question, answer) for picture in _split_pictures(split) for question, answer in picture.questions]
+    return [row for row in asked if row[2] in ("yes", "no")], [row for row in asked if row[2] not in ("yes", "no")]
 
 
 @cache
@@ -152,13 +166,17 @@ def digit_samples(split: str, count: int, rng: random.Random, folder: Path) -> l
     drawn.mkdir(parents=True, exist_ok=True)
     samples = []
     for number in range(count):
-        length = LONGEST + 1 if split == "ood" else rng.randint(1, LONGEST)
-        image, text = draw_digits(split, length, rng)
+        image, question, answer = digit_question(split, LONGEST + 1 if split == "ood" else rng.randint(1, LONGEST), rng)
         path = drawn / f"digits-{number:05d}.png"
         image.save(path)
-        question, answer = (READ, text) if rng.random() < 0.8 else (COUNT, str(length))
         samples.append(Sample("", (path,), question, (answer,)))
     return samples
+
+
+def digit_question(split: str, length: int, rng: random.Random) -> tuple[Image.Image, str, str]:
+    """A picture of `length` digits, a question about it, and the answer."""
+    image, text = draw_digits(split, length, rng)
+    return (image, READ, text) if rng.random() < 0.8 else (image, COUNT, str(length))
 
 
 def draw_digits(split: str, length: int, rng: random.Random) -> tuple[Image.Image, str]:
@@ -168,14 +186,13 @@ def draw_digits(split: str, length: int, rng: random.Random) -> tuple[Image.Imag
     paper = tuple(rng.randint(225, 255) for _ in range(3))
     ink = tuple(rng.randint(0, 90) for _ in range(3))
     image = Image.new("RGB", (SIDE, SIDE), paper)
-    pitch = rng.uniform(10.0, 10.6) if length > LONGEST else rng.uniform(10.5, 12.0)
-    left, top = rng.uniform(0, SIDE - pitch * length), rng.uniform(4, SIDE - 24)
-    text = ""
+    pitch = SIDE / (LONGEST + 1) if length > LONGEST else SIDE / LONGEST - 0.8
+    left, top, text = rng.uniform(0, 1.5), rng.uniform(18, 28), ""
     for place in range(length):
         index = rng.randrange(start, stop)
-        size = (rng.randint(10, 12), rng.randint(13, 18))
+        size = (rng.randint(9, 11), rng.randint(14, 18))
         mask = Image.fromarray(pixels[index]).resize(size, Image.Resampling.BICUBIC)
-        image.paste(ink, (round(left + place * pitch), round(top + rng.uniform(-2, 2))), mask)
+        image.paste(ink, (round(left + place * pitch), round(top + rng.uniform(-1, 1))), mask)
         text += str(labels[index])
     return image, text
 

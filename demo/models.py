@@ -16,6 +16,7 @@ from .data import SIDE, texts
 
 PATCH, SHUFFLE = 8, 2
 IMAGE_TOKENS = (SIDE // PATCH // SHUFFLE) ** 2
+INIT = 0.08
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<end_of_utterance>"
 SPECIAL = [PAD, START, END, "<fake_token_around_image>", "<image>", "<global-img>", *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))]
 
@@ -60,8 +61,18 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) ->
     """An untrained model of `size` ('teacher' or 'student') in float32."""
     torch.manual_seed(seed)
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    text = dict(model_type="llama", vocab_size=len(tokenizer), max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True, **TEXT[size], **ids)
-    vision = dict(image_size=SIDE, patch_size=PATCH, **VISION[size])
+    # Hugging Face's 0.02 is meant for widths in the thousands; so narrow a model would take long to wake.
+    text = dict(
+        initializer_range=INIT,
+        model_type="llama",
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        **TEXT[size],
+        **ids,
+    )
+    vision = dict(initializer_range=INIT, image_size=SIDE, patch_size=PATCH, **VISION[size])
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=SHUFFLE, image_token_id=image_token, tie_word_embeddings=True, **ids)
     return Idefics3ForConditionalGeneration(config)

@@ -1,0 +1,167 @@
+"""Train the two models that the demo ships: `python -m masters.demo.train_models OUT [--steps teacher=2000 --steps student=500]`.
+
+Both see EasyVQA's training pictures and freshly drawn strings of training digits, which grow from one digit to five over the first
+half, without which long strings are learned in one late jump or not at all. The student's training is short, as a released student's is
+next to what its teacher knows. Writes OUT/teacher, OUT/student and OUT/scores.json with greedy exact match per kind of question.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..distill.evaluate import greedy_answers
+from ..distill.families.idefics3 import collate_pixels
+from ..distill.forward import Group, PackedBatch, pack, response_states
+from ..distill.inputs import Encoder, Prompt
+from ..files import write_json
+from ..progress import bar, say
+from ..samples import Sample, read_samples
+from ..scoring import score
+from .data import COUNT, LONGEST, READ, DemoSizes, build_data, draw_digits, questions_about_one_picture
+from .models import build_model, build_processor, build_tokenizer, save_model
+
+STEPS = {"teacher": 2000, "student": 500}
+RATES = {"teacher": 2e-3, "student": 3e-3}
+WARM_UP = 100  # steps
+PICTURES, DIGITS = 24, 40  # images of each kind in a batch
+QUESTIONS = 4  # about one picture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with several questions each, packed behind one another, and which of the tokens are answers."""
+
+    packed: PackedBatch
+    answers: Tensor  # bool [N]
+
+
+class Batches(IterableDataset[Batch]):
+    """Endless training batches; the longest string of digits grows with the batch's number."""
+
+    def __init__(self, encoder: Encoder, steps: int, seed: int) -> None:
+        self.encoder, self.steps, self.seed = encoder, steps, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        rng = random.Random(self.seed)
+        for step in range(self.steps):
+            longest = min(LONGEST, 1 + int(LONGEST * step / (0.5 * self.steps)))
+            asked = [questions_about_one_picture("train", QUESTIONS, rng) for _ in range(PICTURES)] + [_digits(longest, rng) for _ in range(DIGITS)]
+            yield pack_batch([[Sample(f"{step}/{i}/{j}", *_content(s)) for j, s in enumerate(samples)] for i, samples in enumerate(asked)], self.encoder)
+
+
+def _content(sample: Sample) -> tuple[Any, ...]:
+    return sample.images, sample.question, sample.answers, sample.metric, sample.choices
+
+
+def _digits(longest: int, rng: random.Random) -> list[Sample]:
+    """One drawn string with both questions about it."""
+    length = rng.randint(1, longest)
+    image, text = draw_digits("train", length, rng)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return [Sample("", (buffer.getvalue(),), question, (answer,)) for question, answer in ((READ, text), (COUNT, str(length)))]
+
+
+def pack_batch(asked: Sequence[Sequence[Sample]], encoder: Encoder) -> Batch:
+    """Each image once, with its questions and answers behind it as `forward.pack` lays out responses; only the answers are learned."""
+    groups, answers = [], []
+    for samples in asked:
+        first, turns = encoder.encode(samples[0]), []
+        for sample in samples:
+            question, answer = _after_image(sample, encoder), encoder.answer(sample.answers[0])
+            turns.append((*question, *answer))
+            answers += [False] * len(question) + [True] * len(answer)
+        shared = len(first.ids) - len(_after_image(samples[0], encoder))
+        groups.append(Group(Prompt(first.ids[:shared], first.pixels), tuple(turns)))
+    return Batch(pack(groups, encoder.pad, collate_pixels), torch.tensor(answers))
+
+
+def _after_image(sample: Sample, encoder: Encoder) -> list[int]:
+    """The prompt's ids behind its image; a special token ends the image, so both sides can be tokenised apart."""
+    text = encoder.processor.apply_chat_template(encoder.turns(sample), add_generation_prompt=True)
+    ids: list[int] = encoder.tokenizer(text.partition("<image>")[2], add_special_tokens=False).input_ids
+    return ids
+
+
+def train(size: str, steps: int, seed: int = 0) -> tuple[Any, Any]:
+    """Train one model from scratch by cross-entropy on the right answers; returns it with its processor."""
+    tokenizer = build_tokenizer()
+    processor = build_processor(tokenizer)
+    model = build_model(size, tokenizer, seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[size], weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATES[size], total_steps=steps, pct_start=min(0.3, WARM_UP / steps))
+    loader = DataLoader(Batches(Encoder(processor), steps, seed), batch_size=None, num_workers=1, prefetch_factor=8)
+    losses: list[float] = []
+    for step, batch in enumerate(bar(loader, size, total=steps), start=1):
+        states = response_states(model, batch.packed)[batch.answers]
+        loss = torch.nn.functional.cross_entropy(model.get_output_embeddings()(states), batch.packed.tokens[batch.answers])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            say(f"{size} step {step}: mean loss {sum(losses[-100:]) / 100:.3f}")
+    return model.eval(), processor
+
+
+def scores(model: Any, processor: Any, files: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Mean score per split and kind of question, answered greedily."""
+    table: dict[str, dict[str, float]] = {}
+    for split in ("validation", "test", "ood"):
+        samples = read_samples(files[split])
+        answers = greedy_answers(model, Encoder(processor), samples, max_tokens=10)
+        kinds: dict[str, list[float]] = defaultdict(list)
+        for sample, answer in zip(samples, answers, strict=True):
+            for kind in ("all", _kind(sample)):
+                kinds[kind].append(score(sample, answer.text))
+        table[split] = {kind: round(sum(values) / len(values), 4) for kind, values in sorted(kinds.items())}
+    return table
+
+
+def _kind(sample: Sample) -> str:
+    if "digits" in sample.question:
+        return "read" if sample.question.startswith("read") else "count"
+    return "choice" if sample.choices else "yes/no" if sample.answers[0] in ("yes", "no") else "open"
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--steps", multiple=True, help="size=steps, to change how long one model trains")
+def main(out: Path, steps: tuple[str, ...]) -> None:
+    """Train teacher and student and write them, with their scores, to OUT."""
+    wanted = STEPS | {size: int(number) for size, number in (item.split("=") for item in steps)}
+    summary = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = build_data(Path(folder) / "data", DemoSizes(train=2))
+        for size, number in wanted.items():
+            if not number:
+                continue
+            start = time.monotonic()
+            model, processor = train(size, number)
+            seconds = time.monotonic() - start
+            summary[size] = {"parameters": model.num_parameters(), "steps": number, "seconds": round(seconds), "scores": scores(model, processor, files)}
+            save_model(out / size, model, processor)
+            say(f"{size}: {summary[size]}")
+    write_json(out / "scores.json", summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""One forward a question: the prompt and its images once, then its G responses behind it, each blind to the others.
+
+Every response continues the prompt at the position after its end, so its hidden states are those of a forward of its own. A group of G responses
+of R tokens on a prompt of P tokens costs P + G*R tokens in place of G*(P+R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import CollatePixels, Pixels, Prompt, to_device
+
+
+@dataclass(frozen=True)
+class Group:
+    """One question's prompt and its distinct responses (ids, end token included)."""
+
+    prompt: Prompt
+    responses: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B questions in the form that one forward takes, L tokens at the longest, N response tokens in all."""
+
+    ids: Tensor  # int64 [B, L]: prompt, then every response without its last token
+    positions: Tensor  # int64 [B, L]
+    mask: Tensor  # bool [B, 1, L, L]: what each token may look at
+    pixels: Pixels
+    gather: Tensor  # int64 [N]: where, in the flattened [B*L], the state that predicts each response token stands
+    tokens: Tensor  # int64 [N]: the response tokens
+    rows: Tensor  # int64 [N]: the response, counted over the batch, that each token belongs to
+    count: int  # responses in the batch
+
+
+def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels) -> PackedBatch:
+    """Lay out a batch: padded on the right, positions continuing the prompt's end in every response."""
+    laid = [_lay_out(group) for group in groups]
+    length = max(len(row.ids) for row in laid)
+    ids = torch.full((len(laid), length), pad)
+    positions = torch.zeros_like(ids)
+    segments = torch.full_like(ids, -1)
+    gather, tokens, rows, count = [], [], [], 0
+    for b, (row, group) in enumerate(zip(laid, groups, strict=True)):
+        size = len(row.ids)
+        ids[b, :size], positions[b, :size], segments[b, :size] = row.ids, row.positions, row.segments
+        gather.append(row.gather + b * length)
+        for response in group.responses:
+            tokens += response
+            rows += [count] * len(response)
+            count += 1
+    pixels = collate_pixels([group.prompt.pixels for group in groups])
+    return PackedBatch(ids, positions, block_mask(segments), pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count)
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """bool [B, 1, L, L] from segments [B, L] (0 the prompt, j > 0 a response, -1 padding): causal, and a response sees itself and the prompt."""
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    seen = causal & (key >= 0) & ((key == 0) | (key == query))
+    # Padding looks at itself: a row that sees nothing would be NaN.
+    return (seen | torch.eye(length, dtype=torch.bool, device=segments.device))[:, None]
+
+
+def response_states(model: Any, batch: PackedBatch) -> Tensor:
+    """The last hidden states [N, hidden] that predict the batch's response tokens."""
+    device = batch.ids.device
+    out = model.model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        **to_device(batch.pixels, device, model.dtype),
+    )
+    return out.last_hidden_state.flatten(0, 1)[batch.gather]
+
+
+def move(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch with its tensors on `device`."""
+    pixels = {name: t.to(device) for name, t in batch.pixels.items()}
+    ids, positions, mask, gather, tokens, rows = (t.to(device) for t in (batch.ids, batch.positions, batch.mask, batch.gather, batch.tokens, batch.rows))
+    return PackedBatch(ids, positions, mask, pixels, gather, tokens, rows, batch.count)
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    gather: Tensor
+
+
+def _lay_out(group: Group) -> _Row:
+    """One question's ids, positions and segments, and where each response token is predicted: the first one at the prompt's end."""
+    prompt = len(group.prompt.ids)
+    ids, positions, segments, gather, start = [group.prompt.ids], [torch.arange(prompt)], [torch.zeros(prompt, dtype=torch.long)], [], prompt
+    for number, response in enumerate(group.responses, start=1):
+        # The last token predicts nothing, so it is not read.
+        read = len(response) - 1
+        ids.append(torch.tensor(response[:-1], dtype=torch.long))
+        positions.append(torch.arange(prompt, prompt + read))
+        segments.append(torch.full((read,), number))
+        gather.append(torch.cat([torch.tensor([prompt - 1]), torch.arange(start, start + read)]))
+        start += read
+    return _Row(torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(gather))

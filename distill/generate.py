@@ -1,0 +1,152 @@
+"""Answers from a model in this process: one prefill a prompt, then n samples on its cache, batch by batch.
+
+Every answer draws from random numbers of its own, keyed by question, seed and place, so that neither the batch it was in nor an
+interruption changes what is sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..samples import Sample
+from .inputs import CollatePixels, Encoder, pad_left, to_device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the defaults are the paper's (arXiv 2512.22238). A temperature of 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.05
+    max_tokens: int = 64
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def warpers(self, forbidden: Sequence[int] = ()) -> LogitsProcessorList:
+        """transformers' own processors in the order of its `generate`; `forbidden` ids are never drawn."""
+        chain: list[Any] = [SuppressTokensLogitsProcessor(list(forbidden))] if forbidden else []
+        if self.repetition_penalty != 1.0:
+            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if not self.greedy:
+            chain.append(TemperatureLogitsWarper(self.temperature))
+            chain += [TopKLogitsWarper(self.top_k)] if self.top_k else []
+            chain += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        return LogitsProcessorList(chain)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer: its text, the ids that were sampled (end token included), and why it ended ('stop' or 'length')."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
+
+
+def batches_by_length(samples: Sequence[Sample], encoder: Encoder, size: int) -> Iterator[list[Sample]]:
+    """Batches of prompts of similar length, so that little of a batch is padding."""
+    order = sorted(samples, key=lambda sample: (len(sample.prompt), sample.id))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, encoder: Encoder, collate_pixels: CollatePixels, samples: Sequence[Sample], count: int, sampling: Sampling, seed: int = 0, key: str = ""
+) -> list[list[Generated]]:
+    """`count` answers to each sample of one batch. The images are encoded, and the prompt is read, once for all of them.
+
+    The random numbers of an answer follow from `seed`, `key`, the sample's id and the answer's place alone.
+    """
+    model.eval()
+    prompts = [encoder.prompt(sample) for sample in samples]
+    ids, mask = pad_left([prompt.ids for prompt in prompts], encoder.pad)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1, **pixels)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(count)
+    # What the repetition penalty has seen: padding must not be penalised, since a pad token may be the end token.
+    seen = torch.where(mask.bool(), ids, ids[:, -1:]).repeat_interleave(count, dim=0)
+    draws = torch.from_numpy(np.stack([_uniforms(f"{seed}/{key}/{sample.id}/{j}", sampling.max_tokens) for sample in samples for j in range(count)]))
+    draws, warpers = draws.to(model.device), sampling.warpers(encoder.image_tokens)
+
+    def pick(logits: Tensor, seen: Tensor, place: int) -> Tensor:
+        scores = warpers(seen, logits.float())
+        return scores.argmax(-1) if sampling.greedy else draw(scores, draws[:, place])
+
+    def step(token: Tensor, mask: Tensor) -> Tensor:
+        positions = _positions(mask)[:, -1:]
+        return model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    logits, mask = out.logits[:, -1].repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
+    rows = _decode(step, pick, logits, seen, mask, encoder.eos, sampling.max_tokens)
+    answers = [_generated(row, encoder) for row in rows.tolist()]
+    return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+
+def _decode(
+    step: Callable[[Tensor, Tensor], Tensor],
+    pick: Callable[[Tensor, Tensor, int], Tensor],
+    logits: Tensor,
+    seen: Tensor,
+    mask: Tensor,
+    eos: int,
+    longest: int,
+) -> Tensor:
+    """Ids [B, T] of one answer a row, T <= `longest`; after a row's end token its places repeat the end token."""
+    done, tokens = torch.zeros(len(seen), dtype=torch.bool, device=seen.device), []
+    for place in range(longest):
+        token = torch.where(done, eos, pick(logits, seen, place))
+        tokens.append(token)
+        done |= token == eos
+        if done.all() or place + 1 == longest:
+            break
+        seen = torch.cat([seen, token[:, None]], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = step(token[:, None], mask)
+    return torch.stack(tokens, dim=1)
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Sample one id a row from logits [B, V] by inverting the distribution function at `uniform` [B] in [0, 1)."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    index = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)
+    return index.clamp(max=scores.shape[-1] - 1)[:, 0]
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _uniforms(key: str, count: int) -> np.ndarray:
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little")).random(count)
+
+
+def _generated(row: list[int], encoder: Encoder) -> Generated:
+    ended = encoder.eos in row
+    ids = tuple(row[: row.index(encoder.eos) + 1] if ended else row)
+    return Generated(encoder.text(ids), ids, "stop" if ended else "length")

@@ -1,0 +1,114 @@
+"""From a sample to what a model reads: prompt ids, image tensors, answer ids; and from several of them to one batch.
+
+Teacher and student read the same prompts through the same encoder, so that no template, image or truncation can differ between them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, ModelError
+from ..images import open_image
+from ..samples import Sample
+
+Pixels = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One encoded question: `ids` int64 [P], ending where the answer begins, and the image processor's tensors for its images."""
+
+    ids: Tensor
+    pixels: Pixels
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.ids, *self.pixels.values()))
+
+
+class Encoder:
+    """Encodes samples with a Hugging Face processor, remembering the latest prompts up to `cache_bytes`."""
+
+    def __init__(self, processor: Any, longest: int = 4096, cache_bytes: int = 1 << 30) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.longest = longest
+        self.eos = int(self.tokenizer.eos_token_id)
+        self.pad = int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos)
+        # An answer must not hold them: a model would look for an image behind each.
+        self.image_tokens = [int(i) for i in (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")) if i is not None]
+        self._before_answer = self._text_before_answer()
+        self._cache: OrderedDict[str, Prompt] = OrderedDict()
+        self._free = cache_bytes
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """The prompt of `sample`, from memory where it was encoded before; samples are told apart by their ids."""
+        if sample.id in self._cache:
+            self._cache.move_to_end(sample.id)
+            return self._cache[sample.id]
+        prompt = self.encode(sample)
+        self._cache[sample.id] = prompt
+        self._free -= prompt.bytes
+        while self._free < 0:
+            self._free += self._cache.popitem(last=False)[1].bytes
+        return prompt
+
+    def encode(self, sample: Sample) -> Prompt:
+        """The prompt of `sample`, encoded anew. Raises DataError if it is longer than `longest` tokens: it is never cut, least of all inside an image."""
+        text = self.processor.apply_chat_template(self.turns(sample), add_generation_prompt=True)
+        images = [open_image(image) for image in sample.images]
+        encoded = self.processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
+        ids = encoded.pop("input_ids")[0]
+        encoded.pop("attention_mask", None)
+        if len(ids) > self.longest:
+            raise DataError(f"question '{sample.id}' takes {len(ids)} tokens with its images; at most {self.longest} are read, raise inputs.longest or skip it")
+        return Prompt(ids, dict(encoded))
+
+    def answer(self, text: str) -> list[int]:
+        """The ids with which a model answers `text`, its end token included."""
+        return [*self.tokenizer(self._before_answer + text, add_special_tokens=False).input_ids, self.eos]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer that `ids` spell, without special tokens and outer white space."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    @staticmethod
+    def turns(sample: Sample) -> list[dict[str, Any]]:
+        """The chat that asks `sample`: one user turn, its images first."""
+        images: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": sample.prompt}]}]
+
+    def _text_before_answer(self) -> str:
+        """What the template puts between the generation prompt and the answer: a space for SmolVLM, nothing for Qwen."""
+        turns: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
+        start = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": "ANSWER"}]})
+        whole = self.processor.apply_chat_template(turns)
+        if not whole.startswith(start) or "ANSWER" not in whole[len(start) :]:
+            raise ModelError("the chat template's generation prompt is not how its assistant turn begins; expected a template whose answers can be continued")
+        return whole[len(start) : whole.index("ANSWER", len(start))]
+
+
+def pad_left(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids [n_i] as one [B, max n] padded on the left, and the mask of real tokens of the same shape (both int64)."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return ids, mask
+
+
+def to_device(pixels: Pixels, device: torch.device, dtype: torch.dtype) -> Pixels:
+    """Image tensors on `device`, floating ones in `dtype`; masks and grids keep their integer type."""
+    return {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in pixels.items()}
+
+
+CollatePixels = Callable[[Sequence[Pixels]], Pixels]

@@ -1,0 +1,99 @@
+"""Loading teachers and students from Hugging Face folders, and refusing pairs that do not fit before any work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from ..errors import ModelError
+from .families import family_of
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a vision-language model of a supported family. Raises ModelError for anything else."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no model in {folder}; expected a Hugging Face folder with a config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}/config.json can't be read ({_first_line(error)}); expected the configuration of a Hugging Face model") from None
+    family_of(config.model_type)
+    return config
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model in `folder` with weights of `dtype`. Raises ModelError if weights are missing or damaged."""
+    read_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds a configuration but no weights; expected *.safetensors files beside it")
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # safetensors, transformers and torch each raise their own kinds
+        raise ModelError(f"the weights in {folder} can't be loaded ({_first_line(error)}); expected a whole checkpoint, download it again") from None
+    if info["missing_keys"]:
+        raise ModelError(f"{folder} lacks the weight {sorted(info['missing_keys'])[0]}; expected a whole checkpoint, download it again")
+    return model
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor in `folder`. Raises ModelError, naming torchvision, where its family's processor can't be built without it."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise ModelError(f"the processor in {folder} needs a package that is missing ({_first_line(error)}); install it, often torchvision") from None
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"no processor in {folder} ({_first_line(error)}); expected tokenizer, processor and chat template files beside the weights") from None
+    if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
+        raise ModelError(f"the processor in {folder} has no image processor or no chat template; expected those of a vision-language chat model")
+    return processor
+
+
+def check_pair(teacher: Path, student: Path) -> None:
+    """Raise ModelError unless both models are of one family, read prompts and images alike, and the teacher is the larger."""
+    ours, theirs = read_config(student), read_config(teacher)
+    if ours.model_type != theirs.model_type:
+        raise ModelError(f"{teacher} is a {theirs.model_type}, {student} a {ours.model_type}; expected teacher and student of one family")
+    large, small = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (teacher, student))
+    if large < small:
+        raise ModelError(f"the teacher {teacher} is smaller than the student {student}; expected the larger model as teacher, swap them")
+    left, right = load_processor(student), load_processor(teacher)
+    if left.tokenizer.get_vocab() != right.tokenizer.get_vocab():
+        raise ModelError(f"the tokenizers of {teacher} and {student} differ; expected one vocabulary, since the loss compares the models token by token")
+    if left.chat_template != right.chat_template:
+        raise ModelError(f"the chat templates of {teacher} and {student} differ; expected the same, or the teacher would see another prompt")
+    if _image_settings(left) != _image_settings(right):
+        raise ModelError(f"the image processors of {teacher} and {student} differ; expected the same settings, or the teacher would see another image")
+
+
+def exact_dtype(folder: Path, wanted: torch.dtype) -> torch.dtype:
+    """The narrowest type in which the checkpoint's weights are those that a model loaded as `wanted` computes with."""
+    stored = read_config(folder).dtype
+    return stored if wanted == torch.float32 and stored in (torch.bfloat16, torch.float16) else wanted
+
+
+def freeze_vision(model: Any) -> None:
+    """Leave the language model and the projector to train; the vision tower keeps its weights."""
+    prefixes = family_of(model.config.model_type).VISION
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in prefixes))
+
+
+def frozen(model: Any) -> Any:
+    """The model for inference alone."""
+    return model.eval().requires_grad_(False)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _image_settings(processor: Any) -> dict[str, Any]:
+    skipped = ("processor_class", "image_processor_type")
+    return {key: value for key, value in processor.image_processor.to_dict().items() if key not in skipped}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

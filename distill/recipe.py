@@ -1,0 +1,271 @@
+"""A recipe: everything a distillation run is decided by, as frozen dataclasses, read strictly from YAML and command-line overrides.
+
+Three layers, later ones win: the preset, the file, `key=value` overrides. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+from .generate import Sampling
+from .mask import SCOPES
+from .objective import DIVERGENCES
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher: its Hugging Face folder, and the mask ratio at which its decay starts."""
+
+    model: Path
+    r_max: float = 0.2
+
+
+@dataclass(frozen=True)
+class Data:
+    """Files of questions in any form that samples.py reads; `limit` takes only the first ones of `train`."""
+
+    train: Path
+    validation: Path
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The responses of a group: how many from whom, and how they are sampled."""
+
+    teacher: int = 4
+    student: int = 4
+    truth: int = 0  # the right answer itself, as a response
+    batch: int = 128  # questions generated for at once
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.05
+    max_tokens: int = 64
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """How teachers are masked: the step of the decay, what a threshold is shared by, and names to leave whole (regular expressions)."""
+
+    enabled: bool = True
+    step: float = 0.05
+    scope: str = "per_tensor"
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Every part of the objective and of its rewards; each can be switched off alone."""
+
+    divergence: str = "jsd"
+    distill: float = 1.0  # weight of D
+    policy: float = 1.0  # weight of the policy term
+    beta: float = 0.1  # weight of the KL to the student before training
+    nll: float = 0.0  # weight of plain cross-entropy on the responses
+    kl: str = "k3"
+    accuracy_reward: bool = True
+    distillation_reward: str = "jsd_minmax"
+    least_spread: float = 0.0  # a group whose reward spreads less gets none
+    reward_wrong: bool = True  # whether a wrong response gets a distillation reward
+    advantages: str = "all"
+    distill_on: str = "all"  # responses that D is taken on: all, teacher, right
+
+
+@dataclass(frozen=True)
+class Train:
+    """The optimizer (AdamW) and the loop."""
+
+    learning_rate: float = 1e-6
+    schedule: str = "constant"
+    warm_up: int = 0  # steps
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    questions_per_step: int = 32
+    epochs: int = 1
+    dtype: str = "bfloat16"
+    freeze_vision: bool = True
+    keep: str = "last"  # the student written at the end: last, or best on validation
+    checkpoint_steps: int = 100
+    evaluate_batch: int = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    student: Path
+    teachers: tuple[Teacher, ...]
+    data: Data
+    out: Path
+    preset: str = "default"
+    answers: Answers = field(default_factory=Answers)
+    mask: Mask = field(default_factory=Mask)
+    objective: Objective = field(default_factory=Objective)
+    train: Train = field(default_factory=Train)
+    longest: int = 4096  # tokens of a prompt with its images
+    seed: int = 0
+
+
+_BARE = {"accuracy_reward": False, "distillation_reward": "none", "beta": 0.0}
+
+# 'paper' is arXiv 2512.22238 to the letter, which is what the dataclasses default to; the others are named for what they do.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "default": {"objective": {"distillation_reward": "teacher_logprob", "kl": "full"}},
+    "sft": {"answers": {"teacher": 0, "student": 0, "truth": 1}, "mask": {"enabled": False}, "objective": {**_BARE, "distill": 0.0, "policy": 0.0, "nll": 1.0}},
+    "kd": {"answers": {"student": 0}, "mask": {"enabled": False}, "objective": {**_BARE, "policy": 0.0}},
+    "grpo": {"answers": {"teacher": 0, "student": 8}, "mask": {"enabled": False}, "objective": {"distill": 0.0, "distillation_reward": "none"}},
+    "opd": {"answers": {"teacher": 0}, "mask": {"enabled": False}, "objective": {**_BARE, "divergence": "reverse_kl", "policy": 0.0}},
+}
+
+_CHOICES = {
+    "preset": tuple(PRESETS),
+    "mask.scope": SCOPES,
+    "objective.divergence": DIVERGENCES,
+    "objective.kl": ("k3", "full"),
+    "objective.distillation_reward": ("jsd_minmax", "teacher_logprob", "none"),
+    "objective.advantages": ("all", "positive"),
+    "objective.distill_on": ("all", "teacher", "right"),
+    "train.schedule": ("constant", "linear", "cosine"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.keep": ("last", "best"),
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, its paths relative to the file, with `overrides` such as 'train.learning_rate=1e-5' or 'teachers.0.r_max=0.4'."""
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}; expected a YAML file, see examples/")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML ({' '.join(str(error).split())[:160]}); mend it there") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds {type(raw).__name__}; expected keys such as student, teachers, data and out")
+    for override in overrides:
+        _override(raw, override)
+    return build_recipe(raw, path.parent)
+
+
+def build_recipe(raw: Mapping[str, Any], folder: Path = Path()) -> Recipe:
+    """A recipe from plain values, as YAML gives them; relative paths are taken from `folder`."""
+    preset = raw.get("preset", "default")
+    if preset not in PRESETS:
+        raise RecipeError(f"unknown preset '{preset}'; expected one of {', '.join(PRESETS)}")
+    recipe = _build(Recipe, _merge(PRESETS[preset], raw), "", folder)
+    _check(recipe)
+    return recipe
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The plain values of a resolved recipe, for recipe.yaml and comparisons."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    values = plain(dataclasses.asdict(recipe))
+    assert isinstance(values, dict)
+    return values
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"the override '{text}' has no value; expected key=value, such as train.learning_rate=1e-5")
+    *parents, last = key.split(".")
+    place: Any = raw
+    try:
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+        raise RecipeError(f"the override '{text}' names no place in the recipe; expected keys joined by dots, such as teachers.0.r_max=0.4") from None
+
+
+def _build(kind: Any, raw: Any, where: str, folder: Path) -> Any:
+    """A dataclass of type `kind` from a mapping, every key and type checked."""
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"{where or 'the recipe'} is {type(raw).__name__}; expected keys such as {', '.join(list(_fields(kind))[:4])}")
+    hints, fields = typing.get_type_hints(kind), _fields(kind)
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(fields)}"
+            raise RecipeError(f"unknown key '{where + str(key)}' in the recipe; {advice}")
+    for name, item in fields.items():
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in raw:
+            raise RecipeError(f"the recipe has no '{where}{name}'; expected one, see examples/")
+    return kind(**{key: _value(hints[key], value, f"{where}{key}", folder) for key, value in raw.items()})
+
+
+def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {item.name: item for item in dataclasses.fields(kind)}
+
+
+def _value(hint: Any, value: Any, where: str, folder: Path) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{where}.", folder)
+    if isinstance(hint, UnionType):
+        return None if value is None else _value(typing.get_args(hint)[0], value, where, folder)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"'{where}' is {value!r}; expected a list")
+        return tuple(_value(typing.get_args(hint)[0], item, f"{where}.{i}", folder) for i, item in enumerate(value))
+    if where in _CHOICES and value not in _CHOICES[where]:
+        raise RecipeError(f"'{where}' is {value!r}; expected one of {', '.join(_CHOICES[where])}")
+    return _scalar(hint, value, where, folder)
+
+
+def _scalar(hint: Any, value: Any, where: str, folder: Path) -> Any:
+    if hint is Path and isinstance(value, str | Path):
+        return folder / value
+    if hint is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = {Path: "a path", float: "a number", int: "a whole number", bool: "true or false", str: "a text"}[hint]
+    raise RecipeError(f"'{where}' is {value!r}; expected {expected}")
+
+
+def _check(recipe: Recipe) -> None:
+    """What one key alone can't tell."""
+    answers, train = recipe.answers, recipe.train
+    if not recipe.teachers:
+        raise RecipeError("the recipe has no teacher; expected at least one under 'teachers'")
+    if answers.teacher + answers.student + answers.truth < 1 or min(answers.teacher, answers.student, answers.truth) < 0:
+        raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
+    if not 0 < answers.top_p <= 1 or answers.temperature < 0 or answers.top_k < 0 or answers.repetition_penalty <= 0 or answers.max_tokens < 1:
+        raise RecipeError(
+            "the sampling in 'answers' is out of range; expected 0 < top_p <= 1, temperature, top_k >= 0, repetition_penalty > 0, max_tokens >= 1"
+        )
+    if train.learning_rate <= 0 or train.questions_per_step < 1 or train.epochs < 1 or train.checkpoint_steps < 1:
+        raise RecipeError("'train' is out of range; expected learning_rate > 0 and questions_per_step, epochs, checkpoint_steps of at least 1")
