@@ -117,6 +117,7 @@ class Recipe:
     mask: Mask = field(default_factory=Mask)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
+    buffer: Path | None = None  # folder of responses, for runs that share them; out/responses otherwise
     longest: int = 4096  # tokens of a prompt with its images
     seed: int = 0
 

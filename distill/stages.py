@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from ..errors import RecipeError, RunError
-from ..files import read_json, sha256_folder, whole_folder, write_json, write_text
+from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_json, write_text
 from ..progress import bar, say
 from ..samples import Sample, read_samples
 from . import models
@@ -89,6 +89,7 @@ class _Run:
         self.encoder = Encoder(models.load_processor(recipe.student), recipe.longest)
         self.family = family_of(models.read_config(recipe.student).model_type)
         self.steps = plan_run(recipe, self.shares)
+        self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
 
@@ -116,6 +117,7 @@ class _Run:
     def answers(self, share: Share, masks: Sequence[TensorMask]) -> dict[str, list[DistinctResponse]]:
         """All responses to a teacher's questions: from the masked teacher stage by stage, from the student as it is, and the truth."""
         wanted, paths = self.recipe.answers, []
+        _claim_file(self.buffer / "buffer.yaml", _answers_values(self.recipe), "the buffer of responses")
         if wanted.teacher:
             files = {
                 (stage, name): chunk
@@ -134,7 +136,7 @@ class _Run:
         return {sample: distinct(group) for sample, group in groups.items()}
 
     def _generate(self, share: Share, masks: Sequence[TensorMask], files: Mapping[tuple[int, str], list[Sample]]) -> list[Path]:
-        paths = {key: self.out / "responses" / key[1] for key in files}
+        paths = {key: self.buffer / key[1] for key in files}
         missing = [key for key in files if not paths[key].exists()]
         teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if missing else None
         for key in bar(missing, f"answers of {share.teacher.model.name}"):
@@ -146,7 +148,7 @@ class _Run:
 
     def _generate_student(self, share: Share) -> list[Path]:
         chunks = dict(_chunks(share, range(len(share.samples)), f"student{share.number}"))
-        paths = {name: self.out / "responses" / name for name in chunks}
+        paths = {name: self.buffer / name for name in chunks}
         missing = [name for name in chunks if not paths[name].exists()]
         student = self._student() if missing else None
         for name in bar(missing, "answers of the student"):
@@ -296,16 +298,32 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _claim(recipe: Recipe) -> None:
     """Write recipe.yaml, or make sure that the one that is there is the same, models and questions included."""
-    path = recipe.out / "recipe.yaml"
+    values = recipe_values(recipe) | {"fingerprints": _fingerprints(recipe)}
+    _claim_file(recipe.out / "recipe.yaml", values, "the run folder")
+
+
+def _answers_values(recipe: Recipe) -> dict[str, Any]:
+    """What responses depend on, and nothing else, so that runs which differ elsewhere can share them."""
     values = recipe_values(recipe)
-    values["fingerprints"] = {
-        "student": sha256_folder(recipe.student, (".safetensors", ".json", ".jinja")) if recipe.student.is_dir() else "",
-        **{f"teacher {i}": sha256_folder(t.model, (".safetensors", ".json", ".jinja")) if t.model.is_dir() else "" for i, t in enumerate(recipe.teachers)},
-    }
+    kept = {key: values[key] for key in ("answers", "mask", "longest", "seed")}
+    return kept | {"limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers], "fingerprints": _fingerprints(recipe)}
+
+
+def _fingerprints(recipe: Recipe) -> dict[str, str]:
+    folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
+    found = {name: sha256_folder(folder, (".safetensors", ".json", ".jinja")) for name, folder in folders.items() if folder.is_dir()}
+    return found | ({"train": sha256_file(recipe.data.train)} if recipe.data.train.is_file() else {})
+
+
+def _claim_file(path: Path, values: dict[str, Any], what: str) -> None:
+    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs."""
     if not path.exists():
         write_text(path, yaml.safe_dump(values, sort_keys=False))
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise RunError(f"{path} is damaged; remove {path.parent} to begin anew") from None
     if changed:
-        raise RunError(f"{recipe.out} was begun with another recipe ({', '.join(changed)} differ); choose another 'out', or remove the folder")
+        raise RunError(f"{what} {path.parent} was begun with another recipe ({', '.join(changed)} differ); choose another folder, or remove that one")

@@ -53,6 +53,13 @@ def load_target(name: str) -> ModuleType:
     return coreml
 
 
+def open_bundle(folder: Path) -> Vlm:
+    """A verified bundle of any target as a model; a Core ML bundle runs, away from Apple's systems, on the interpreter that proved it."""
+    manifest = manifests.read_manifest(folder)
+    manifests.verify_files(folder, manifest)
+    return Vlm(manifest, folder, load_target(manifest.target).load_parts(folder, manifest))
+
+
 def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> Manifest:
     """Everything but the proof; the manifest lists no files yet."""
     target = load_target(config.target)

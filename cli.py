@@ -1,0 +1,170 @@
+"""The `masters` command: each subcommand parses, builds one frozen dataclass, and calls the one function of its name.
+
+Results go to stdout, progress and news to stderr. Exit codes: 0 done or passed, 1 a gate failed, 2 could not run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import MastersError, missing_extra
+
+PATH = click.Path(path_type=Path)
+
+
+class _OneLine(click.ClickException):
+    """A refusal: one line on stderr and exit code 2."""
+
+    exit_code = 2
+
+
+def _refusing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the errors that Masters raises on purpose into one line; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except MastersError as error:
+            raise _OneLine(" ".join(str(error).split())) from error
+
+    return run
+
+
+def _needs(module: str, extra: str) -> Any:
+    """A module of this package whose dependencies come with an extra."""
+    try:
+        return importlib.import_module(module, __package__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("masters"):
+            raise
+        raise missing_extra(error.name or extra, extra) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="masters")
+def main() -> None:
+    """Distil a compact vision-language model from a large teacher, export it, and run and check it on a device."""
+
+
+@main.command()
+@click.option("--out", type=PATH, default=Path("masters-demo"), show_default=True, help="Folder for everything the demo writes; begun, it continues.")
+@click.option("--fast", is_flag=True, help="Fewer questions: under two minutes.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
+@_refusing
+def demo(out: Path, fast: bool, threads: int) -> None:
+    """Distil, export, run and check two tiny models on built-in data: the whole way in minutes."""
+    module = _needs(".demo.demo", "demo")
+    click.echo(module.demo(module.DemoConfig(out, fast, threads)))
+
+
+@main.command()
+@click.argument("recipe", type=PATH)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--until", default="student", show_default=True, help="Last stage to run: check, mask, answers, train or student.")
+@click.option("--dry-run", is_flag=True, help="Check the inputs, write plan.json and stop.")
+@_refusing
+def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool) -> None:
+    """Distil the student that RECIPE (a YAML file) names; run again, it continues where it stopped."""
+    stages = _needs(".distill.stages", "distill")
+    read_recipe = _needs(".distill.recipe", "distill").read_recipe
+    click.echo(stages.distill(read_recipe(recipe, overrides), "check" if dry_run else until))
+
+
+@main.command()
+@click.argument("student", type=PATH)
+@click.option("--target", type=click.Choice(["onnx", "coreml"]), required=True)
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, int4, or per part: vision=int8,decoder=int4,embed=int8.")
+@click.option("--out", type=PATH, required=True, help="The bundle's folder.")
+@click.option("--data", type=PATH, help="Questions on which bundle and PyTorch are compared.")
+@click.option("--max-drop", type=float, help="Largest loss of score, such as 0.02, that the interval's lower end may show.")
+@click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share an int4 scale.")
+@click.option("--accuracy-level", type=int, default=0, show_default=True, help="MatMulNBits: 0 the runtime's choice, 1 float32, 4 int8.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--allow-mismatch", is_flag=True, help="Keep a bundle that fails parity, marked as such.")
+@_refusing
+def export(**options: Any) -> None:
+    """Convert and quantise the model in the folder STUDENT, prove it against PyTorch, and write a bundle."""
+    module = _needs(".export", "export")
+    manifest = module.export(module.ExportConfig(**options))
+    size = sum(entry.bytes for entry in manifest.files.values())
+    verdicts = [row["verdict"] for row in manifest.parity]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
+    click.echo(f"{options['out']}: {len(manifest.files)} files, {size / 1e6:.2f} MB, parity {counts}")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.argument("question", required=False)
+@click.option("--image", "images", type=PATH, multiple=True, help="An image the question is about; may be given several times.")
+@click.option("--max-tokens", type=int, default=64, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=int, help="Default: one a core.")
+@click.option("--provider", default="cpu", show_default=True)
+@_refusing
+def run(bundle: Path, question: str | None, images: tuple[Path, ...], threads: int | None, provider: str, **options: Any) -> None:
+    """Answer QUESTION about images with BUNDLE, streaming; without a question: a chat, one question a line."""
+    vlm = _open(bundle, provider, threads)
+    if question is not None:
+        _print_stream(vlm.stream(question, images, **options))
+        return
+    chat, shown = vlm.chat(), images
+    while line := click.prompt("you", prompt_suffix="> ", default="", show_default=False, err=True):
+        _print_stream(chat.stream(line, shown, **options))
+        shown = ()  # the first turn has shown them
+
+
+def _open(bundle: Path, provider: str, threads: int | None) -> Any:
+    """The bundle as a model: on ONNX Runtime, or, for Core ML, on what the export proves its packages with."""
+    from .manifest import read_manifest
+    from .runtime import load
+
+    if read_manifest(bundle).target == "onnx":
+        return load(bundle, provider, threads)
+    return _needs(".export.bundle", "export").open_bundle(bundle)
+
+
+def _print_stream(stream: Any) -> None:
+    for piece in stream:
+        click.echo(piece, nl=False)
+    click.echo()
+    times = stream.answer.timings
+    per_token = "" if times.decode_per_token is None else f", then {times.decode_per_token:.1f} ms a token"
+    click.echo(f"first token after {times.first_token:.0f} ms (image {times.image_preprocess + times.image_encode:.0f} ms){per_token}", err=True)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Questions with answers.")
+@click.option("--budget", type=PATH, help="YAML of limits, such as min_accuracy: 0.8 or first_token_p90_ms: 400.")
+@click.option("--reference", type=PATH, help="The PyTorch model's answers (JSONL rows of id and text), for a paired comparison.")
+@click.option("--limit", type=int, help="Only the first questions.")
+@click.option("--max-tokens", type=int, default=32, show_default=True)
+@click.option("--threads", type=int, help="Default: one a core.")
+@click.option("--provider", default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@_refusing
+def check(as_json: bool, **options: Any) -> None:
+    """Measure BUNDLE's accuracy and latency on this device, against a budget; exit code 1 if a limit is not kept."""
+    from .runtime.check import CheckConfig
+    from .runtime.check import check as run_check
+    from .runtime.report import report_text
+
+    report = run_check(CheckConfig(**options), _open(options["bundle"], options["provider"], options["threads"]))
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report_text(report))
+    sys.exit(0 if report.passed else 1)
+
+
+if __name__ == "__main__":
+    main()
