@@ -56,6 +56,7 @@ def test_words_keep_the_space_between_them(metaspace: Tokenizer) -> None:
 
 def test_special_tokens_and_leading_space_are_not_shown(tokenizer: Tokenizer) -> None:
     end = tokenizer.token_to_id("<end_of_utterance>")
+    assert end is not None
     pieces, _ = stream(tokenizer, [end, *tokenizer.encode(" \n yes ").ids, end])
     assert "".join(pieces) == "yes "
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from transformers import Idefics3Processor
+from transformers import Idefics3Processor, PreTrainedTokenizerFast
 from transformers.image_utils import load_image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -106,13 +106,13 @@ def test_pixels_and_tiles_equal_transformers(processor_class: type, name: str, s
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
 @pytest.mark.parametrize("splitting", [True, False])
 @pytest.mark.parametrize("pictures", [["plain"], ["plain", "tall", "exactly a tile"], ["very large"], ["N x 1", "grey"]])
-def test_expanded_prompt_gives_transformers_ids(pictures: list[str], splitting: bool, tokenizer) -> None:
+def test_expanded_prompt_gives_transformers_ids(pictures: list[str], splitting: bool, tokenizer: PreTrainedTokenizerFast) -> None:
     # An edge of 512 makes up to 8 tiles: names beyond <row_6_col_6> are ordinary text.
     image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 512}, max_image_size={"longest_edge": 64}, do_image_splitting=splitting)
     processor = Idefics3Processor(image_processor, tokenizer, image_seq_len=16, chat_template=TEMPLATE)

@@ -142,8 +142,9 @@ def test_the_runtime_needs_no_training_library(bundle: Path, vlm: Vlm, tmp_path:
 
 
 def test_import_is_quick_and_light() -> None:
+    # Processor time: what other processes do meanwhile is not the import's.
     code = (
-        "import sys, time; start = time.perf_counter(); import masters.runtime; took = time.perf_counter() - start; "
+        "import sys, time; start = time.process_time(); import masters.runtime; took = time.process_time() - start; "
         "import json; print(json.dumps([took, sorted({name.partition('.')[0] for name in sys.modules})]))"
     )
     runs = [json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]

@@ -172,7 +172,9 @@ class Counting:
     """Parts that count what they are asked to do."""
 
     def __init__(self, parts: Any) -> None:
-        self.parts, self.positions, self.encoded, self.seen = parts, [], 0, []
+        self.parts, self.encoded = parts, 0
+        self.positions: list[int] = []
+        self.seen: list[np.ndarray] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.parts, name)
