@@ -119,7 +119,7 @@ def _convert(package: Package, context: int) -> Any:
     """The package as an unsaved Core ML model in float16."""
     import torch
 
-    coremltools = _converter()
+    coremltools = converter()
     ranges = {name: coremltools.RangeDim(1, context, default=1, symbol=name) for name in ("q", "total")}
 
     def kind(tensor: TensorSpec) -> Any:
@@ -194,11 +194,11 @@ def _name_items(package: Path) -> None:
 
 
 @functools.cache
-def _converter() -> Any:
-    """coremltools, knowing the re-authored decoder's own operation."""
+def converter() -> Any:
+    """coremltools, knowing the re-authored decoder's own operation, and gelu's approximations."""
     coremltools = import_coremltools()
     from coremltools.converters.mil import Builder
-    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
     from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
     @register_torch_op(torch_alias=["masters::write_cache"], override=True)
@@ -207,6 +207,13 @@ def _converter() -> Any:
         first = Builder.concat(values=[layer.val, 0, begin, 0], axis=0)
         last = Builder.concat(values=[layer.val + 1, cache.shape[1], end, cache.shape[3]], axis=0)
         context.add(Builder.slice_update(x=cache, update=update, begin=first, end=last, name=node.name))
+
+    # coremltools 9.0 looks for the approximation among the positional arguments, where torch.export never puts it, and converts every gelu as the exact one.
+    @register_torch_op(override=True)
+    def gelu(context: Any, node: Any) -> None:
+        (approximate,) = _get_kwinputs(context, node, "approximate", default=["none"])
+        mode = "TANH_APPROXIMATION" if getattr(approximate, "val", approximate) == "tanh" else "EXACT"
+        context.add(Builder.gelu(x=_get_inputs(context, node)[0], mode=mode, name=node.name))
 
     return coremltools
 

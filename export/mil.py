@@ -61,13 +61,13 @@ class Program:
         if set(data) != {port.name for port in self.inputs}:
             raise ValueError(f"inputs {sorted(data)}; expected {sorted(port.name for port in self.inputs)}")
         values = self._constants.copy()
-        for port in self.inputs:
-            values[port.slot] = _taken(port, data[port.name])
         for port in self.states:
             if state is None:
                 raise ValueError(f"the program has the state '{port.name}'; pass one from make_state()")
             values[port.slot] = (state, port.name)
         with np.errstate(over="ignore"):
+            for port in self.inputs:
+                values[port.slot] = _taken(port, data[port.name])
             for step in self._steps:
                 _run_step(step, values)
         return {port.name: values[port.slot].astype(np.float16 if port.dtype == "fp16" else NUMPY_TYPES[port.dtype]) for port in self.outputs}
