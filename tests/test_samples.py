@@ -30,7 +30,7 @@ def png(colour: str) -> bytes:
 
 def shown(sample: Sample) -> list[str]:
     """The colours of a sample's images, as decoded."""
-    names = {value: name for name, value in COLOURS.items()}
+    names: dict[object, str] = {value: name for name, value in COLOURS.items()}
     return [names[open_image(image).getpixel((0, 0))] for image in sample.images]
 
 
@@ -182,20 +182,30 @@ def test_tsv_cell_longer_than_csv_allows_by_default(folder: Path) -> None:
     assert open_image(sample.images[0]).size == (600, 600)
 
 
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in ROW.items() if key not in keys}
 
 
 BAD: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
     "missing file": ("q.jsonl", lambda p: p, ["no file of questions at", "expected a .jsonl"]),
-    "a folder": ("q.jsonl", lambda p: (p.mkdir(), p)[1], ["no file of questions at"]),
-    "unknown suffix": ("q.xlsx", lambda p: (p.write_text("x"), p)[1], ["ends in '.xlsx'", ".parquet"]),
-    "empty file": ("q.jsonl", lambda p: (p.write_text(""), p)[1], ["holds no questions", "at least one row"]),
-    "broken line": ("q.jsonl", lambda p: (p.write_text(json.dumps(ROW) + '\n{"id": '), p)[1], ["line 2 is not valid JSON", "one object a line"]),
-    "no UTF-8": ("q.jsonl", lambda p: (p.write_bytes(b'{"question": "\xff\xfe"}\n'), p)[1], ["UTF-8"]),
-    "no UTF-8 json": ("q.json", lambda p: (p.write_bytes(b'[{"question": "\xff\xfe"}]'), p)[1], ["UTF-8"]),
-    "broken json": ("q.json", lambda p: (p.write_text("[{]"), p)[1], ["is not valid JSON", "a list of rows"]),
-    "json object": ("q.json", lambda p: (p.write_text("{}"), p)[1], ["holds dict", "a list of rows"]),
+    "a folder": ("q.jsonl", make_folder, ["no file of questions at"]),
+    "unknown suffix": ("q.xlsx", lambda p: write(p, "x"), ["ends in '.xlsx'", ".parquet"]),
+    "empty file": ("q.jsonl", lambda p: write(p, ""), ["holds no questions", "at least one row"]),
+    "broken line": ("q.jsonl", lambda p: write(p, json.dumps(ROW) + '\n{"id": '), ["line 2 is not valid JSON", "one object a line"]),
+    "no UTF-8": ("q.jsonl", lambda p: write(p, b'{"question": "\xff\xfe"}\n'), ["UTF-8"]),
+    "no UTF-8 json": ("q.json", lambda p: write(p, b'[{"question": "\xff\xfe"}]'), ["UTF-8"]),
+    "broken json": ("q.json", lambda p: write(p, "[{]"), ["is not valid JSON", "a list of rows"]),
+    "json object": ("q.json", lambda p: write(p, "{}"), ["holds dict", "a list of rows"]),
     "row is a list": ("q.jsonl", lambda p: write_jsonl(p, [1]), ["row 1", "found list", "expected an object"]),
     "no question": ("q.jsonl", lambda p: write_jsonl(p, ROW, without("question")), ["row 2", "no question"]),
     "blank question": ("q.jsonl", lambda p: write_jsonl(p, {**ROW, "question": "  "}), ["row 1", "no question"]),
@@ -223,8 +233,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
         ),
         ["row 1", "image_url"],
     ),
-    "no UTF-8 tsv": ("q.tsv", lambda p: (p.write_bytes(b"index\timage\tquestion\tanswer\n0\t\xff\tq\ta\n"), p)[1], ["UTF-8"]),
-    "no parquet": ("q.parquet", lambda p: (p.write_bytes(b"PAR1 nothing"), p)[1], ["no whole parquet file", "write it again"]),
+    "no UTF-8 tsv": ("q.tsv", lambda p: write(p, b"index\timage\tquestion\tanswer\n0\t\xff\tq\ta\n"), ["UTF-8"]),
+    "no parquet": ("q.parquet", lambda p: write(p, b"PAR1 nothing"), ["no whole parquet file", "write it again"]),
     "tsv, bad image": ("q.tsv", lambda p: write_tsv(p, {"index": "0", "image": "99", "question": "q", "answer": "a"}), ["row 1", "base64"]),
     "tsv, no image": ("q.tsv", lambda p: write_tsv(p, {"index": "0", "image": "", "question": "q", "answer": "a"}), ["row 1", "no image"]),
     "tsv, no answer": (
