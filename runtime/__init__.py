@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..errors import BundleError
 from ..manifest import read_manifest, verify_files
+from .answer import Answer, Stream, Timings
 from .golden import self_test
 from .graphs import OnnxParts, Parts
-from .session import Answer, Chat, Stream, Timings, Vlm
+from .session import Chat, Vlm
 
 __all__ = ["Answer", "Chat", "Parts", "Stream", "Timings", "Vlm", "load"]
 

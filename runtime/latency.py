@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import BundleError
 from ..samples import Sample
-from .session import Answer, Timings, Vlm
+from .answer import Answer, Timings
+from .session import Vlm
 
 
 @dataclass(frozen=True)

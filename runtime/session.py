@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import statistics
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ import numpy as np
 from ..errors import BundleError, DataError, RecipeError
 from ..images import ImageSource, open_image
 from ..manifest import Manifest
+from .answer import Answer, Clock, Stream
 from .chat import Message, read_chat_format, text_message, user_message
 from .detokenize import TextStream
 from .graphs import Parts, ResizableCache
@@ -25,30 +25,6 @@ from .pixels import Grid, Pixels
 from .sampling import Sampling, choose
 
 _picture_keys = itertools.count(-1, -1)
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of one answer went, in milliseconds."""
-
-    image_preprocess: float  # decoding the files, resizing, tiling
-    image_encode: float
-    prefill: float  # embedding the prompt and running the decoder over it
-    first_token: float  # from the call to the first token
-    decode_per_token: float | None  # median; None for an answer of one token
-    total: float
-    decode_steps: tuple[float, ...] = ()  # each token after the first
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said. `token_ids` holds the end token where the model gave one; `text` does not."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str  # stop, length or cancelled
-    prompt_tokens: int
-    timings: Timings
 
 
 @dataclass(frozen=True)
@@ -79,57 +55,6 @@ class Context:
 
     cache: Any = None
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-
-
-@dataclass
-class _Clock:
-    """The times of one answer as they come, in seconds."""
-
-    start: float = field(default_factory=time.perf_counter)
-    preprocess: float = 0.0
-    encode: float = 0.0
-    prefill: float = 0.0
-    tokens: list[float] = field(default_factory=list)
-
-    def timings(self) -> Timings:
-        steps = tuple(1000 * (after - before) for before, after in itertools.pairwise(self.tokens))
-        return Timings(
-            image_preprocess=1000 * self.preprocess,
-            image_encode=1000 * self.encode,
-            prefill=1000 * self.prefill,
-            first_token=1000 * (self.tokens[0] - self.start),
-            decode_per_token=statistics.median(steps) if steps else None,
-            total=1000 * (time.perf_counter() - self.start),
-            decode_steps=steps,
-        )
-
-
-class Stream(Iterator[str]):
-    """Pieces of an answer as they come. `answer` is the whole of it; `cancel` may be called from any thread and takes effect within a token."""
-
-    def __init__(self, pieces: Generator[str, None, Answer], cancelled: threading.Event) -> None:
-        self._pieces = pieces
-        self._cancelled = cancelled
-        self._answer: Answer | None = None
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self._answer = self._answer or end.value
-            raise
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; what has not been read of it is generated first."""
-        for _ in self:
-            pass
-        if self._answer is None:
-            raise RuntimeError("this stream failed or was closed before its end")
-        return self._answer
-
-    def cancel(self) -> None:
-        self._cancelled.set()
 
 
 class Vlm:
@@ -204,16 +129,26 @@ class Chat:
         """The next turn's whole answer; options as for Vlm.stream, but for `system`."""
         return self.stream(question, images, **options).answer
 
-    def stream(self, question: str, images: Sequence[ImageSource] = (), *, max_tokens: int = 64, stop: Sequence[str] = (), **sampling: Any) -> Stream:
+    def stream(
+        self,
+        question: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_tokens: int = 64,
+        stop: Sequence[str] = (),
+        greedy: bool = False,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> Stream:
         """The next turn, piece by piece."""
-        return self._stream(question, images, Options(max_tokens, _strings(stop), Sampling(**sampling)))
+        return self._stream(question, images, Options(max_tokens, _strings(stop), Sampling(0.0 if greedy else temperature, **sampling)))
 
     def _stream(self, question: str, images: Sequence[ImageSource], options: Options) -> Stream:
         cancelled = threading.Event()
         return Stream(self._turn(question, images, options, cancelled), cancelled)
 
     def _turn(self, question: str, images: Sequence[ImageSource], options: Options, cancelled: threading.Event) -> Generator[str, None, Answer]:
-        clock = _Clock()
+        clock = Clock()
         pictures = [*self.pictures, *self._look(images, clock)]
         messages = [*self.messages, user_message(question, len(images))]
         ids = self.vlm.prompt_ids(messages, [picture.grid for picture in pictures])
@@ -221,7 +156,7 @@ class Chat:
         self.messages, self.pictures = [*messages, text_message("assistant", answer.text)], pictures
         return answer
 
-    def _look(self, images: Sequence[ImageSource], clock: _Clock) -> list[Picture]:
+    def _look(self, images: Sequence[ImageSource], clock: Clock) -> list[Picture]:
         start = time.perf_counter()
         seen = self.vlm.see(images)
         clock.preprocess = time.perf_counter() - start
@@ -230,7 +165,7 @@ class Chat:
         return pictures
 
     def _generate(
-        self, ids: np.ndarray, pictures: Sequence[Picture], options: Options, cancelled: threading.Event, clock: _Clock
+        self, ids: np.ndarray, pictures: Sequence[Picture], options: Options, cancelled: threading.Event, clock: Clock
     ) -> Generator[str, None, Answer]:
         ends = set(self.vlm.manifest.generation["eos_token_ids"])
         rng = np.random.default_rng(options.sampling.seed)
@@ -266,7 +201,7 @@ class Chat:
             )
         return min(wanted, context - prompt)
 
-    def _prefill(self, ids: np.ndarray, pictures: Sequence[Picture], capacity: int, clock: _Clock) -> np.ndarray:
+    def _prefill(self, ids: np.ndarray, pictures: Sequence[Picture], capacity: int, clock: Clock) -> np.ndarray:
         """Logits float32 [vocab] after the prompt, of which only what the cache does not hold yet is computed."""
         start = time.perf_counter()
         keys = prompt_keys(ids, pictures, self.vlm.manifest.generation["image_token_id"])

@@ -14,12 +14,12 @@ from torch_reference import picture
 
 from masters.errors import BundleError, DataError, RecipeError
 from masters.runtime import Vlm
+from masters.runtime.answer import Timings
 from masters.runtime.budget import WHAT, Budget, judge, read_budget
 from masters.runtime.check import CheckConfig, CheckReport, check, figures
 from masters.runtime.device import peak_rss_mb, this_device
 from masters.runtime.latency import measure_cold_start, spread, summarise
 from masters.runtime.report import number, report_text
-from masters.runtime.session import Timings
 from masters.samples import Sample
 
 QUESTIONS = 8
