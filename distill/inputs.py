@@ -44,16 +44,17 @@ class Encoder:
         # An answer must not hold them: a model would look for an image behind each.
         self.image_tokens = [int(i) for i in (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")) if i is not None]
         self._before_answer = self._text_before_answer()
-        self._cache: OrderedDict[str, Prompt] = OrderedDict()
+        self._cache: OrderedDict[Sample, Prompt] = OrderedDict()
         self._free = cache_bytes
 
     def prompt(self, sample: Sample) -> Prompt:
-        """The prompt of `sample`, from memory where it was encoded before; samples are told apart by their ids."""
-        if sample.id in self._cache:
-            self._cache.move_to_end(sample.id)
-            return self._cache[sample.id]
+        """The prompt of `sample`, from memory where it was encoded before."""
+        # The whole sample is the key: two files of questions may use the same ids.
+        if sample in self._cache:
+            self._cache.move_to_end(sample)
+            return self._cache[sample]
         prompt = self.encode(sample)
-        self._cache[sample.id] = prompt
+        self._cache[sample] = prompt
         self._free -= prompt.bytes
         while self._free < 0:
             self._free += self._cache.popitem(last=False)[1].bytes
