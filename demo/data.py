@@ -72,7 +72,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
         source = sample.images[0]
         assert isinstance(source, Path)
         # EasyVQA numbers both of its parts from 0; their folders tell them apart.
-        target = folder / "images" / f"{split}-{source.parent.parent.name}-{source.name}"
+        origin = "" if source.is_relative_to(folder) else f"{source.parent.parent.name}-"
+        target = folder / "images" / f"{split}-{origin}{source.name}"
         if not target.exists():
             shutil.copyfile(source, target)
         rows.append(sample_row(Sample(f"{split}-{number:05d}", (target,), sample.question, sample.answers, sample.metric, sample.choices), folder))
@@ -92,7 +93,7 @@ def picture_samples(split: str, count: int, rng: random.Random) -> list[Sample]:
 
 def questions_about_one_picture(split: str, count: int, rng: random.Random) -> list[Sample]:
     """Up to `count` of the questions about one picture, at most half of them yes/no where it has others."""
-    picture = rng.choice(_split_pictures(split))
+    picture = rng.choice(pictures(split))
     shuffled = rng.sample(picture.questions, len(picture.questions))
     others = [pair for pair in shuffled if pair[1] not in ("yes", "no")][: count // 2]
     closed = [pair for pair in shuffled if pair[1] in ("yes", "no")][: count - len(others)]
@@ -114,12 +115,13 @@ def _picture_sample(picture: Picture, question: str, answer: str, rng: random.Ra
 @cache
 def _asked(split: str) -> tuple[list[tuple[Picture, str, str]], list[tuple[Picture, str, str]]]:
     """Every question of a split with its picture and answer: the yes/no ones, and the others."""
-    asked = [(picture, question, answer) for picture in _split_pictures(split) for question, answer in picture.questions]
+    asked = [(picture, question, answer) for picture in pictures(split) for question, answer in picture.questions]
     return [row for row in asked if row[2] in ("yes", "no")], [row for row in asked if row[2] not in ("yes", "no")]
 
 
 @cache
-def _split_pictures(split: str) -> tuple[Picture, ...]:
+def pictures(split: str) -> tuple[Picture, ...]:
+    """The pictures of a split, in the order of EasyVQA's numbers."""
     train, test = _pictures("train"), _pictures("test")
     if split == "ood":
         return tuple(p for p in train + test if (p.colour, p.shape) in UNSEEN)
@@ -139,9 +141,9 @@ def _pictures(part: str) -> tuple[Picture, ...]:
     asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for text, answer, image in zip(texts, answers, images, strict=True):
         asked[image].append((text, answer))
-    pictures = (Picture(Path(paths[i]), _shown(asked[i], COLOURS), _shown(asked[i], SHAPES), tuple(asked[i])) for i in sorted(asked))
+    found = (Picture(Path(paths[i]), _shown(asked[i], COLOURS), _shown(asked[i], SHAPES), tuple(asked[i])) for i in sorted(asked))
     # What a picture shows is known from its questions alone; where they leave it open, it could be an unseen combination.
-    return tuple(p for p in pictures if p.colour and p.shape)
+    return tuple(p for p in found if p.colour and p.shape)
 
 
 def _shown(questions: list[tuple[str, str]], words: tuple[str, ...]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,26 @@ def greedy_answers(model: Any, encoder: Encoder, samples: Sequence[Sample], max_
         answers = generate(model, encoder, family.collate_pixels, group, 1, sampling)
         found.update({sample.id: answer for sample, [answer] in zip(group, answers, strict=True)})
     return [found[sample.id] for sample in samples]
+
+
+def measure_latency(model: Any, encoder: Encoder, samples: Sequence[Sample], max_tokens: int) -> tuple[float, float | None]:
+    """Median milliseconds to the first token, image preprocessing included, and for each token after it, one question at a time."""
+    family = family_of(model.config.model_type)
+    first, later = [], []
+    # The first question warms up.
+    for number, sample in enumerate((samples[0], *samples)):
+        fresh = Encoder(encoder.processor)
+        started = time.perf_counter()
+        generate(model, fresh, family.collate_pixels, [sample], 1, dataclasses.replace(GREEDY, max_tokens=1))
+        middle = time.perf_counter()
+        [[answer]] = generate(model, encoder, family.collate_pixels, [sample], 1, dataclasses.replace(GREEDY, max_tokens=1))
+        again = time.perf_counter()
+        [[answer]] = generate(model, encoder, family.collate_pixels, [sample], 1, dataclasses.replace(GREEDY, max_tokens=max_tokens))
+        ended = time.perf_counter()
+        if number:
+            first.append(1000 * (middle - started))
+            later += [1000 * ((ended - again) - (again - middle)) / (len(answer.ids) - 1)] if len(answer.ids) > 1 else []
+    return statistics.median(first), statistics.median(later) if later else None
 
 
 def scores(samples: Sequence[Sample], answers: Sequence[Generated]) -> list[float]:
