@@ -2,8 +2,9 @@
 
 First the vision tower and the projector learn to name what an image shows, through a linear probe on all image tokens, as real towers are
 trained before they meet a language model; without it, 9,600 single digits taught a student nothing. Then the whole model learns to
-answer, on EasyVQA's training pictures and freshly drawn strings of training digits that grow from one to five. The student's training is
-short, as a released student's is next to what its teacher knows. Writes OUT/teacher, OUT/student and OUT/scores.json with greedy exact match per kind of question.
+answer, on EasyVQA's training pictures and freshly drawn strings of training digits that grow from one to five. The student's training
+is short, as a released student's is next to what its teacher knows. Writes OUT/teacher, OUT/student and OUT/scores.json with the greedy
+score per kind of question.
 """
 
 from __future__ import annotations

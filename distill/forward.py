@@ -45,7 +45,10 @@ def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels) -> Pa
     ids = torch.full((len(laid), length), pad)
     positions = torch.zeros_like(ids)
     segments = torch.full_like(ids, -1)
-    gather, tokens, rows, count = [], [], [], 0
+    gather: list[Tensor] = []
+    tokens: list[int] = []
+    rows: list[int] = []
+    count = 0
     for b, (row, group) in enumerate(zip(laid, groups, strict=True)):
         size = len(row.ids)
         ids[b, :size], positions[b, :size], segments[b, :size] = row.ids, row.positions, row.segments

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,6 +33,12 @@ class TensorMask:
     weights: int
     thresholds: dict[float, float]
     reached: dict[float, float]
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> TensorMask:
+        """The inverse of `dataclasses.asdict` followed by JSON, which turns the ratios into strings."""
+        thresholds, reached = ({float(ratio): value for ratio, value in row[key].items()} for key in ("thresholds", "reached"))
+        return TensorMask(row["name"], row["weights"], thresholds, reached)
 
 
 def maskable(model: nn.Module, language: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, Tensor]:

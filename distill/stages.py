@@ -110,9 +110,7 @@ class _Run:
             model = models.load_model(share.teacher.model, models.exact_dtype(share.teacher.model, self.dtype))
             found = plan_masks(maskable(model, self.family.LANGUAGE, self.recipe.mask.exclude), share.ratios, self.recipe.mask.scope)
             write_json(path, [dataclasses.asdict(mask) for mask in found])
-        by_ratio = ("thresholds", "reached")
-        rows = read_json(path)
-        return [TensorMask(**{k: {float(r): x for r, x in v.items()} if k in by_ratio else v for k, v in row.items()}) for row in rows]
+        return [TensorMask.from_json(row) for row in read_json(path)]
 
     def answers(self, share: Share, masks: Sequence[TensorMask]) -> dict[str, list[DistinctResponse]]:
         """All responses to a teacher's questions: from the masked teacher stage by stage, from the student as it is, and the truth."""

@@ -29,6 +29,6 @@ def collate_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         for i, row in enumerate(rows):
             if row:
                 tiles = row[name][0].to(kind)
-                whole[(i, *(slice(size) for size in tiles.shape))] = tiles
+                whole[i][tuple(slice(size) for size in tiles.shape)] = tiles
         batch[name] = whole
     return batch
