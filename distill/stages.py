@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,9 +61,9 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     if until not in STAGES:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
     with _locked(recipe.out):
+        run = _Run(recipe)  # refuses what does not fit before the folder is this recipe's
         _claim(recipe)
-        run = _Run(recipe)
-        run.check()
+        run.plan()
         if until == "check":
             return recipe.out
         for share in run.shares:
@@ -70,8 +71,9 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
             if until == "mask":
                 continue
             responses = run.answers(share, masks)
-            if until != "answers":
-                run.train(share, masks, responses)
+            if until == "answers":
+                break  # a later teacher's questions are answered by the student as this one leaves it
+            run.train(share, masks, responses)
         if until == "student":
             run.finish()
     return recipe.out
@@ -92,10 +94,10 @@ class _Run:
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
+        self.encoder.prompt(self.shares[0].samples[0])  # a prompt that can't be read is found before any work
 
-    def check(self) -> None:
-        """Write plan.json, and encode one question, so that a prompt that can't be read is found before any work."""
-        self.encoder.prompt(self.shares[0].samples[0])
+    def plan(self) -> None:
+        """Write plan.json: the stages with their questions and updates."""
         stages = [
             {"teacher": str(share.teacher.model), "ratio": ratio, "questions": len(bounds), "steps": sum(s.stage == i for s in steps)}
             for share, steps in zip(self.shares, self.steps, strict=True)
@@ -291,6 +293,8 @@ def _locked(out: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"another process is working in {out}; wait for it, or choose another 'out'") from None
+        for part in out.rglob(".*.part*"):  # what a killed process was writing
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         yield
 
 
@@ -303,7 +307,9 @@ def _claim(recipe: Recipe) -> None:
 def _answers_values(recipe: Recipe) -> dict[str, Any]:
     """What responses depend on, and nothing else, so that runs which differ elsewhere can share them."""
     values = recipe_values(recipe)
-    kept = {key: values[key] for key in ("answers", "mask", "longest", "seed")}
+    # From the second teacher on, the student that answers is the one that this recipe has trained.
+    keys = ("answers", "mask", "longest", "seed") + (("objective", "train", "preset") if len(recipe.teachers) > 1 else ())
+    kept = {key: values[key] for key in keys} | {"dtype": recipe.train.dtype}
     return kept | {"limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers], "fingerprints": _fingerprints(recipe)}
 
 

@@ -82,7 +82,7 @@ class Trainer:
         self.best = -1.0  # validation accuracy
 
     def step(self, step: Step, samples: Sequence[Sample], responses: Mapping[str, Sequence[DistinctResponse]], teacher: Any | None) -> dict[str, float]:
-        """One update; returns its row for metrics.jsonl. Raises RunError, naming the questions, if the loss is not finite."""
+        """One update; returns its row for metrics.jsonl. Raises RunError, naming the questions, if loss or gradient is not finite."""
         started = time.monotonic()
         chosen = [samples[i] for i in step.questions if responses.get(samples[i].id)]
         groups = [responses[sample.id] for sample in chosen]
@@ -92,18 +92,16 @@ class Trainer:
         stats = self._stats(batch, teacher)
         shaped = shape_rewards(groups, stats, self.recipe.objective)
         distill, rest = loss(stats, shaped.advantage, shaped.weights, weights_of(self.recipe.objective), shaped.distill_on)
-        if not torch.isfinite(distill + rest):
-            named = ", ".join(sample.id for sample in chosen[:8])
-            raise RunError(
-                f"the loss is {float(distill + rest)} at step {step.number} (questions {named}); the last checkpoint is kept, lower the learning rate"
-            )
+        value = float((distill + rest).detach())
+        _check_finite("loss", value, step, chosen)
         norms = self._backward(distill, rest, measure=step.number % NORMS_EVERY == 0)
         norms["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.trained, self.recipe.train.clip))
+        _check_finite("gradient's norm", norms["grad_norm"], step, chosen)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step.number + 1
-        row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": float(distill + rest), "loss_distill": float(distill), **norms}
+        row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": value, "loss_distill": float(distill.detach()), **norms}
         return row | _describe(stats, shaped, groups) | {"seconds": time.monotonic() - started, "questions": len(chosen)}
 
     def _stats(self, batch: PackedBatch, teacher: Any | None) -> RowStats:
@@ -190,6 +188,13 @@ def shape_rewards(groups: Sequence[Sequence[DistinctResponse]], stats: RowStats,
         weights[rows] = counts[rows] / counts[rows].sum() / len(groups)
         even += int(r.max() == r.min())
     return Shaped(verdicts, distillation, total, advantage, weights, _distill_on(groups, verdicts, objective.distill_on), even / len(groups))
+
+
+def _check_finite(what: str, value: float, step: Step, samples: Sequence[Sample]) -> None:
+    """Raise RunError before an update that would leave weights which are no numbers."""
+    if not math.isfinite(value):
+        named = ", ".join(sample.id for sample in samples[:8])
+        raise RunError(f"the {what} is {value} at step {step.number} (questions {named}); the last checkpoint is kept, lower the learning rate")
 
 
 def weights_of(objective: Objective) -> ObjectiveWeights:
