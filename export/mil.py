@@ -28,7 +28,10 @@ State = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Port:
-    """An input, output or state of a program; each dimension as its smallest and largest size. `slot` is its place among the program's values."""
+    """An input, output or state of a program; each dimension as its smallest and largest size, which a package states of inputs and states alone.
+
+    `slot` is its place among the program's values.
+    """
 
     name: str
     dtype: str
