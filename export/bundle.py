@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from ..runtime.session import Vlm
 from . import ExportConfig
 from .drop import measure_drop
 from .golden import GOLDEN, write_golden
-from .parity import check_parity, failures
+from .parity import check_parity, failures, rows_json
 from .precision import Precision, parse_precision
 from .source import Source, load_source
 
@@ -135,7 +135,7 @@ def _prove(source: Source, config: ExportConfig, manifest: Manifest, folder: Pat
     return replace(
         manifest,
         golden=GOLDEN if references else None,
-        parity=[asdict(row) for row in parity],
+        parity=rows_json(parity),
         checks=checks,
         notes=notes,
         files=manifests.list_files(folder),

@@ -44,18 +44,19 @@ def int4_blocks(weight: np.ndarray, block_size: int) -> tuple[np.ndarray, np.nda
 
 def _search_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32[n, block] -> its best (codes, scales) over STRETCH, each candidate refitted."""
-    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
-    widest = np.where(extreme == 0, np.float32(1), extreme / -8)
-    best_codes, best_scales = np.zeros(x.shape, np.float32), widest.copy()
-    best_gain = np.full(len(x), -1, np.float32)
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    widest = np.where(np.abs(extreme) < np.finfo(np.float32).tiny, np.float32(1), extreme / -8)
+    x = x / widest  # at most 8 in size, so that squares neither overflow nor vanish
+    best_codes, best_scales = np.zeros(x.shape, np.float32), np.ones(len(x), np.float32)
+    best_gain = np.zeros(len(x), np.float32)
     for stretch in STRETCH:
-        codes = np.clip(np.rint(x / (widest * stretch)[:, None]), -8, 7)
+        codes = np.clip(np.rint(x / stretch), -8, 7)
         # For fixed codes q the best scale is <x,q>/<q,q>; it lowers the squared error from |x|² by <x,q>²/<q,q>, which is what to maximise.
         along, norm = np.einsum("nb,nb->n", x, codes), np.maximum(np.einsum("nb,nb->n", codes, codes), 1)
         gain = along * along / norm
         better = gain > best_gain
         best_codes[better], best_scales[better], best_gain[better] = codes[better], (along / norm)[better], gain[better]
-    return best_codes.astype(np.int8), np.where(best_gain > 0, best_scales, np.float32(1)).astype(np.float32)
+    return best_codes.astype(np.int8), best_scales * widest[:, 0]
 
 
 def dequantize_int4(codes: np.ndarray, scales: np.ndarray, columns: int) -> np.ndarray:

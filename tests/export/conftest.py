@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
 from masters.export import ExportConfig, export
+from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows
 from masters.export.source import Source, load_source
 
 
@@ -38,13 +41,30 @@ def lively_source(lively_vlm: Path) -> Source:
 
 
 @pytest.fixture(scope="session")
+def int4_source(lively_source: Source) -> Source:
+    """The same in PyTorch with the weights that 'decoder=int4,embed=int8' stores: what such a bundle must compute exactly."""
+    model = deepcopy(lively_source.model)
+    decoder = model.model.text_model
+    with torch.no_grad():
+        head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+        head.weight.copy_(model.lm_head.weight)
+        model.lm_head = head  # its own from here on: the embedding keeps other bits
+        for layer in (head, *(module for module in decoder.layers.modules() if isinstance(module, torch.nn.Linear))):
+            codes, scales = int4_blocks(layer.weight.numpy(), 32)
+            layer.weight.copy_(torch.from_numpy(dequantize_int4(codes, scales, layer.in_features)))
+        rows, row_scales = int8_rows(decoder.embed_tokens.weight.numpy())
+        decoder.embed_tokens.weight.copy_(torch.from_numpy(rows * row_scales))
+    return replace(lively_source, model=model)
+
+
+@pytest.fixture(scope="session")
 def bundle_of(lively_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """bundle_of(precision): the folder of an ONNX bundle."""
     folder = tmp_path_factory.mktemp("bundles")
 
     @cache
     def exported(precision: str) -> Path:
-        out = folder / precision
+        out = folder / precision.replace("=", "-").replace(",", "_")  # transformers.js takes it for a repository name
         export(ExportConfig(lively_vlm, "onnx", out, precision))
         return out
 

@@ -1,0 +1,126 @@
+"""Quantisation against the error that theory and other tools give, against a second implementation, and in graphs that really run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from masters.export.embedding import build_embedding
+from masters.export.graph import GraphAuthor, save_graph
+from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows, pack_int4, quantize_int4, quantize_int8
+
+RNG = np.random.default_rng(0)
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize(("block", "plain", "searched"), [(16, 0.076, 0.070), (32, 0.086, 0.081), (64, 0.095, 0.090), (128, 0.103, 0.097)])
+def test_int4_error_on_gaussian_weights(block: int, plain: float, searched: float) -> None:
+    """Scale search and refit reach the best known error for each block size; without them, the largest weight at -8, it is `plain`."""
+    weight = RNG.standard_normal((512, 1024)).astype(np.float32)
+    codes, scales = int4_blocks(weight, block)
+    assert relative(dequantize_int4(codes, scales, 1024), weight) == pytest.approx(searched, abs=1e-3)
+    flat = weight.reshape(-1, block)
+    widest = np.take_along_axis(flat, np.abs(flat).argmax(1)[:, None], 1) / -8
+    assert relative(np.clip(np.rint(flat / widest), -8, 7) * widest, flat) == pytest.approx(plain, abs=1e-3)
+
+
+def test_int4_scales_are_optimal_for_their_codes() -> None:
+    """No other scale gives the chosen codes a smaller squared error: its derivative is zero (least squares)."""
+    weight = RNG.standard_normal((8, 64)).astype(np.float32)
+    codes, scales = int4_blocks(weight, 32)
+    blocks = weight.reshape(8, 2, 32)
+    slope = ((blocks - codes * scales[..., None]) * codes).sum(-1)
+    assert np.abs(slope).max() < 1e-3
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 32)), np.full((2, 32), 0.3), np.eye(2, 32) * -5, np.full((1, 32), 1e-30)])
+def test_int4_special_blocks(values: np.ndarray) -> None:
+    """Blocks of zeros, of one value, of one outlier and of tiny numbers come back as they were."""
+    weight = values.astype(np.float32)
+    codes, scales = int4_blocks(weight, 32)
+    assert np.isfinite(scales).all()
+    assert_allclose(dequantize_int4(codes, scales, 32), weight, rtol=1e-5, atol=1e-35)
+
+
+def test_int4_uses_all_sixteen_codes_and_packs_low_half_first() -> None:
+    codes, _ = int4_blocks(RNG.standard_normal((64, 64)).astype(np.float32), 32)
+    assert set(np.unique(codes)) == set(range(-8, 8))
+    packed = pack_int4(codes)
+    assert packed.shape == (64, 2, 16)
+    assert_array_equal((packed & 15).astype(int) - 8, codes[..., 0::2])
+    assert_array_equal((packed >> 4).astype(int) - 8, codes[..., 1::2])
+
+
+def test_int8_error_and_symmetry() -> None:
+    weight = RNG.standard_normal((128, 512)).astype(np.float32)
+    codes, scales = int8_rows(weight)
+    # A row's step is its largest of 512 Gaussians (about 3.05 sigma) / 127, the error step / sqrt(12).
+    assert relative(codes * scales, weight) == pytest.approx(3.05 / 127 / 12**0.5, rel=0.1)
+    assert_array_equal(int8_rows(-weight)[0], -codes)
+    assert np.isfinite(int8_rows(np.zeros((3, 4), np.float32))[1]).all()
+
+
+def product(weight: np.ndarray, uses: int = 1) -> ir.Model:
+    """y = x @ weight, as often as `uses` says, with another weight each time."""
+    author = GraphAuthor("product")
+    x = author.input("x", ir.DataType.FLOAT, ("rows", weight.shape[0]))
+    for use in range(uses):
+        scaled = torch.from_numpy(weight * (use + 1))
+        y = author.op("MatMul", x, author.weight(f"w{use}", weight.shape, ir.DataType.FLOAT, scaled.clone), name=f"product{use}")
+        author.output(y, f"y{use}", ir.DataType.FLOAT, ("rows", weight.shape[1]))
+    return author.model()
+
+
+def run(model: ir.Model, path: Path, **feeds: np.ndarray) -> list[np.ndarray]:
+    save_graph(model, path)
+    found: list[np.ndarray] = onnxruntime.InferenceSession(str(path)).run(None, feeds)
+    return found
+
+
+@pytest.mark.parametrize(("inputs", "block"), [(64, 32), (64, 16), (100, 32), (128, 128), (96, 64)])
+def test_int4_graph_computes_with_the_dequantized_weight(inputs: int, block: int, tmp_path: Path) -> None:
+    """ONNX Runtime's MatMulNBits reads our packing as we mean it, for widths that fill no whole block too."""
+    weight, x = RNG.standard_normal((inputs, 48)).astype(np.float32), RNG.standard_normal((5, inputs)).astype(np.float32)
+    (ours,) = run(quantize_int4(product(weight), block, accuracy_level=1), tmp_path / "q4.onnx", x=x)
+    codes, scales = int4_blocks(np.ascontiguousarray(weight.T), block)
+    assert_allclose(ours, x @ dequantize_int4(codes, scales, inputs).T, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_accuracy_level_is_explicit(level: int) -> None:
+    (node,) = quantize_int4(product(np.ones((32, 8), np.float32)), 32, level).graph
+    assert (node.attributes["accuracy_level"].as_int() if "accuracy_level" in node.attributes else 0) == level
+
+
+def test_int8_graph(tmp_path: Path) -> None:
+    """Near the float product; unsigned weights; one quantisation of an activation that two products share; no float weight left."""
+    weight, x = RNG.standard_normal((64, 40)).astype(np.float32), RNG.standard_normal((6, 64)).astype(np.float32)
+    model = quantize_int8(product(weight, uses=2))
+    kinds = [node.op_type for node in model.graph]
+    assert (kinds.count("DynamicQuantizeLinear"), kinds.count("MatMulInteger"), kinds.count("MatMul")) == (1, 2, 0)
+    types = {value.dtype for value in model.graph.initializers.values() if value.shape is not None and len(value.shape) == 2}
+    assert types == {ir.DataType.UINT8}
+    first, second = run(model, tmp_path / "q8.onnx", x=x)
+    assert relative(first, x @ weight) < 0.02
+    assert relative(second, x @ (2 * weight)) < 0.02
+
+
+@pytest.mark.parametrize(("precision", "allowed", "bytes_per_weight"), [("fp32", 0, 4.0), ("fp16", 1e-3, 2.0), ("int8", 0.01, 1.1)])
+def test_embedding(precision: str, allowed: float, bytes_per_weight: float, tmp_path: Path) -> None:
+    table = torch.nn.Embedding(300, 96)
+    ids: Any = np.array([[0, 299, 7], [5, 5, 1]])
+    (ours,) = run(build_embedding(table, precision), tmp_path / "embed.onnx", input_ids=ids)
+    theirs = table(torch.from_numpy(ids)).detach().numpy()
+    assert ours.dtype == np.float32
+    assert relative(ours, theirs) <= allowed
+    assert (tmp_path / "embed.onnx").stat().st_size < 300 * 96 * bytes_per_weight + 1500

@@ -1,0 +1,86 @@
+"""A program that we did not write loads the bundle as it is: transformers.js on Node, offline, on the pixels that PyTorch saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from masters.export.awkward import awkward_images
+from masters.export.reference import encode, refer
+from masters.export.source import Source
+from masters.files import whole_folder
+from masters.runtime import load
+from masters.runtime.chat import user_message
+
+HERE = Path(__file__).parent / "transformers_js"
+NODE = 18  # the oldest major version that transformers.js runs on
+STEPS = 24
+QUESTION = "Which colour is the largest shape?"
+
+
+@pytest.fixture(scope="module")
+def node_folder() -> Path:
+    """A folder outside the repository with transformers.js installed at the version of package.json; installed once a machine."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        pytest.skip("node and npm are not on PATH")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.lstrip("v").split(".")[0]) < NODE:
+        pytest.skip(f"node is {version}, transformers.js needs {NODE} or newer")
+    package = HERE / "package.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masters-tests"
+    folder = cache / f"transformers_js-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            shutil.copyfile(package, part / package.name)
+            # The binary for the CPU is inside the package; its scripts would download others.
+            subprocess.run([npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"], cwd=part, check=True, timeout=300)
+    return folder
+
+
+def javascript_tokens(folder: Path, bundle: Path, work: Path, ids: np.ndarray, pixels: np.ndarray, mask: np.ndarray) -> list[int]:
+    """What transformers.js generates. It imports its packages from where the script lies, so the script is copied there."""
+    script = work / "generate.mjs"
+    shutil.copyfile(HERE / "generate.mjs", script)
+    (work / "node_modules").symlink_to(folder / "node_modules")
+    (work / "pixels").write_bytes(np.ascontiguousarray(pixels, np.float32).tobytes())
+    (work / "mask").write_bytes(np.ascontiguousarray(mask, np.uint8).tobytes())
+    request = dict(
+        bundle=str(bundle), input_ids=ids.tolist(), max_new_tokens=STEPS, tiles=pixels.shape[1], side=pixels.shape[-1],
+        pixel_values=str(work / "pixels"), pixel_attention_mask=str(work / "mask"),
+    )  # fmt: skip
+    (work / "request.json").write_text(json.dumps(request))
+    done = subprocess.run(["node", str(script), str(work / "request.json")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer["files"] == ["decoder_model_merged", "embed_tokens", "vision_encoder"]
+    return [int(token) for token in answer["tokens"]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "decoder=int4,embed=int8"])
+def test_every_greedy_token_is_pytorchs(
+    lively_source: Source, int4_source: Source, bundle_of: Callable[[str], Path], node_folder: Path, tmp_path: Path, precision: str
+) -> None:
+    source = lively_source if precision == "fp32" else int4_source
+    image = awkward_images()["plain"]
+    reference = refer(source, "plain", image, QUESTION, encode(source, QUESTION, [image]), STEPS)
+    pixels = {name: tensor.numpy() for name, tensor in reference.prompt.pixels.items()}
+    tokens = javascript_tokens(node_folder, bundle_of(precision), tmp_path, reference.prompt.ids, pixels["pixel_values"], pixels["pixel_attention_mask"])
+    assert len(set(tokens)) > 5, "the model repeats itself, nothing would be proven"
+    assert tokens == reference.tokens.tolist()
+
+
+def test_own_processor_gives_the_same_prompt(bundle_of: Callable[[str], Path], lively_source: Source) -> None:
+    """The ids fed above are those that the bundle's own tokenizer and template give."""
+    image = awkward_images()["plain"]
+    vlm = load(bundle_of("fp32"))
+    theirs = encode(lively_source, QUESTION, [image]).ids
+    assert vlm.prompt_ids([user_message(QUESTION, 1)], vlm.see([image])[0].grids).tolist() == theirs.tolist()
