@@ -1,0 +1,384 @@
+"""report.html: what one or several distillation runs did, as a single page that opens from disk anywhere.
+
+No script, no font, no file and no address outside the page: images are data URLs, charts are inline SVG (charts.py), and the page's own
+policy forbids the rest. Every text that comes from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import RunError
+from ..files import write_text
+from ..images import open_image
+from .charts import MARKERS, SMOOTHED_FROM, Axis, Chart, Curve, Line, draw, linear_axis, log_axis, markers, number, safe, usual_range, window
+from .report_style import STYLE
+
+__all__ = ["Curve", "Example", "Table", "read_run", "write_report"]
+
+IMAGE_SIDE = 256  # pixels of an embedded image's longer side
+SMALL_SIDE = 128  # an image up to this is shown enlarged, its pixels as they are
+TRUE_COLOUR_BYTES = 32_768  # a larger PNG is stored with 256 colours: a page of photographs stays a few megabytes
+COLOURS = 8  # of runs, in the page's style; charts tell runs apart by shape and name as well
+LONGEST_TEXT = 600  # characters of a question or an answer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about an image and what each model said: name -> (text, whether it is right)."""
+
+    image: Path | bytes
+    question: str
+    truth: str
+    answers: Mapping[str, tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names its rows."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of a metric: a key of the rows, divided by the key `per` where given. A line that is 0 throughout says nothing, unless `zero`."""
+
+    key: str
+    name: str
+    style: str = "solid"
+    per: str = ""
+    zero: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of charts, a chart a run; `shared` runs have one vertical axis."""
+
+    key: str
+    title: str
+    note: str
+    parts: tuple[Part, ...]
+    shared: bool = True
+    beside: str = ""  # what to know of several runs' charts
+    log: bool = False
+    stairs: bool = False
+    reference: float | None = None
+
+
+METRICS = (
+    Metric(
+        "loss",
+        "Loss",
+        "What each step minimised.",
+        (Part("loss", "loss"), Part("loss_distill", "distillation part", "dashed")),
+        shared=False,
+        beside="Every chart has its own scale, as losses of different objectives can’t be compared.",
+    ),
+    Metric(
+        "rewards",
+        "Rewards",
+        "Means over a step’s answers, before they become advantages.",
+        (Part("reward_accuracy", "accuracy", zero=True), Part("reward_distillation", "distillation", "dashed")),
+    ),
+    Metric(
+        "outranks",
+        "Right ranked above wrong",
+        "Of all pairs of a right and a wrong answer to one question, the share in which the right one got the higher reward. "
+        "At 0.5, the dotted line, a reward is a coin’s toss.",
+        (
+            Part("right_outranks_total", "total reward", per="pairs"),
+            Part("right_outranks_distillation", "distillation reward", "dashed", per="pairs"),
+        ),
+        reference=0.5,
+    ),
+    Metric("mask", "Mask ratio", "Share of the teacher’s weights set to zero, layer by layer.", (Part("ratio", "mask ratio"),), stairs=True),
+    Metric(
+        "norms",
+        "Gradient norm",
+        "Before clipping, on a logarithmic scale (averages are geometric). The two parts are measured every few steps.",
+        (Part("grad_norm", "total"), Part("grad_norm_distill", "distillation", "dashed"), Part("grad_norm_policy", "policy", "dotted")),
+        log=True,
+    ),
+    Metric("kl", "Distance from the starting point", "KL divergence from the student before training, in nats a token.", (Part("kl", "KL"),)),
+    Metric("entropy", "Entropy", "How undecided the student is about the next token of an answer, in nats.", (Part("entropy", "entropy"),)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's rows apart by kind, its place among the page's runs, and the steps at which its teacher's mask changes."""
+
+    name: str
+    place: int
+    steps: list[dict]
+    evaluations: list[dict]
+
+    @property
+    def colour(self) -> int:
+        return self.place % COLOURS
+
+    @property
+    def marks(self) -> tuple[float, ...]:
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return tuple(float(b["step"]) for a, b in pairs if (a.get("stage"), a.get("ratio")) != (b.get("stage"), b.get("ratio")))
+
+
+def read_run(folder: Path) -> list[dict]:
+    """The rows of a run folder's metrics.jsonl, in order; a last line that is still being written is left out.
+
+    Raises RunError, naming the place, where there is none or a line is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise RunError(f"no metrics.jsonl in {folder}; expected a run folder that 'masters distill' has trained in")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    rows = []
+    for place, line in enumerate(lines, start=1):
+        if place == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row.get("kind") not in ("step", "evaluation"):
+            raise RunError(f"{path} line {place} is {line.strip()[:60]!r}; expected an object with 'kind' and 'step': remove that line, or the run folder")
+        rows.append(row)
+    return rows
+
+
+def write_report(path: Path, title: str, runs: Mapping[str, Path], tables: Sequence[Table], sentences: Sequence[str], examples: Sequence[Example]) -> None:
+    """Write the page: `sentences` of summary, `tables`, the curves of `runs` (name -> run folder), and `examples` with every model's answer.
+
+    Each part may be empty. Raises RunError or ImageError where a run's metrics or an image can't be read; nothing is written then.
+    """
+    read = [_run(name, place, read_run(folder)) for place, (name, folder) in enumerate(runs.items())]
+    sections = {
+        "Summary": "".join(f"<p>{safe(sentence)}</p>" for sentence in sentences),
+        "Results": "".join(_table(table) for table in tables),
+        "Training": _training(read) if read else "",
+        "Answers": _gallery(examples) if examples else "",
+    }
+    write_text(path, _page(title, {name: body for name, body in sections.items() if body}))
+
+
+def _page(title: str, sections: Mapping[str, str]) -> str:
+    links = "".join(f'<li><a href="#{name.lower()}">{name}</a></li>' for name in sections)
+    contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if len(sections) > 1 else ""
+    body = "".join(
+        f'<section id="{name.lower()}" aria-labelledby="{name.lower()}-title"><h2 id="{name.lower()}-title">{name}</h2>{content}</section>'
+        for name, content in sections.items()
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # Should a text ever slip through unescaped, it still can't load or run anything.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        f"<title>{safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{markers()}\n"
+        f"<header><h1>{safe(title)}</h1>{contents}</header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _table(table: Table) -> str:
+    numeric = [column > 0 and _numeric([row[column] for row in table.rows]) for column in range(len(table.columns))]
+    kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
+    head = "".join(f'<th scope="col"{kind}>{safe(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True))
+    rows = "".join(
+        f'<tr><th scope="row">{safe(row[0])}</th>' + "".join(f"<td{kind}>{safe(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    note = f'<p class="note">{safe(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{safe(table.title)}"><table><caption>{safe(table.title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
+    )
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    """Whether a column reads as numbers: every cell begins like one ('0.81 [0.79, 0.83]', '−3 ms'), or says that there is none."""
+    return all(re.match(r"[<>≤≥≈~+−-]?\s*[\d.]*\d|[–—-]?$|n/a$", cell.strip()) for cell in cells)
+
+
+# Training
+
+
+def _run(name: str, place: int, rows: Sequence[dict]) -> Run:
+    return Run(name, place, [row for row in rows if row["kind"] == "step"], [row for row in rows if row["kind"] == "evaluation"])
+
+
+def _training(runs: Sequence[Run]) -> str:
+    parts = [_table(_overview(runs)), _validation(runs)]
+    drawn = [_metric(metric, runs) for metric in METRICS]
+    shape = "alone" if len(runs) == 1 else "beside"
+    parts.append(f'{_reading_help(runs)}<div class="metrics {shape}" style="--runs:{min(4, len(runs))}">{"".join(drawn)}</div>')
+    return "".join(parts)
+
+
+def _overview(runs: Sequence[Run]) -> Table:
+    """The runs in numbers, which is also what the chart of validation accuracy shows, in words."""
+    rows = []
+    for run in runs:
+        curve = _evaluated(run)
+        found = curve.values
+        before = f"{found[0]:.3f}" if found and curve.steps[0] == 0 else "–"
+        accuracy = (before, *(f"{value:.3f}" for value in (found[-1], max(found)))) if found else ("–",) * 3
+        seconds = sum(row.get("seconds", 0.0) for row in run.steps)
+        rows.append((run.name, f"{len(run.steps):,}", f"{sum(row.get('questions', 0) for row in run.steps):,}", _duration(seconds), *accuracy))
+    columns = ("Run", "Steps", "Questions", "Training time", "Accuracy before", "After", "Best")
+    return Table("Runs and their validation accuracy", columns, tuple(rows))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _evaluated(run: Run) -> Curve:
+    """Validation accuracy over the number of steps done: the row of step -1 is from before the first."""
+    rows = [row for row in run.evaluations if _known(row.get("validation_accuracy"))]
+    return Curve(run.name, [row["step"] + 1 for row in rows], [row["validation_accuracy"] for row in rows])
+
+
+def _validation(runs: Sequence[Run]) -> str:
+    curves = [(run, curve) for run in runs if (curve := _evaluated(run)).values]
+    if not curves:
+        return '<p class="note">No evaluation yet.</p>'
+    lines = tuple(Line(curve, "solid", run.colour, label=True) for run, curve in curves)
+    starts = {curve.values[0] for _, curve in curves if curve.steps[0] == 0}
+    before = starts.pop() if len(starts) == 1 and all(curve.steps[0] == 0 for _, curve in curves) else None
+    y = linear_axis([v for _, curve in curves for v in curve.values])
+    chart = Chart("validation", "Validation accuracy of every run over steps", lines, _step_axis(runs, 8), y, reference=before)
+    note = "Share of validation questions answered right, at the end of every mask stage."
+    note += " The dotted line is the student before training." if before is not None else ""
+    return f'<div class="validation"><h3>Validation accuracy</h3><p class="note">{note}</p><figure>{draw(chart)}</figure></div>'
+
+
+def _step_axis(runs: Sequence[Run], count: int) -> Axis:
+    last = max([row["step"] + 1 for run in runs for row in (*run.steps, *run.evaluations)], default=1)
+    return linear_axis([0, max(1, last)], count, whole=False, least=1)
+
+
+def _reading_help(runs: Sequence[Run]) -> str:
+    longest = max(len(run.steps) for run in runs)
+    smoothed = f" Strong lines are moving averages over {window(longest)} steps, faint ones single steps." if longest >= SMOOTHED_FROM else ""
+    marks = " At a vertical hairline the teacher’s mask changes." if any(run.marks for run in runs) else ""
+    figures = " The figures above a chart are those of the last step, or of the step under the pointer."
+    return f'<p class="note">All charts run over steps.{smoothed}{marks}{figures}</p>'
+
+
+def _metric(metric: Metric, runs: Sequence[Run]) -> str:
+    """A heading, what the lines mean, and a chart for every run that has values."""
+    found = {run.place: [(part, curve) for part in metric.parts if (curve := _curve(run, part, metric.log)).values] for run in runs}
+    if not any(found.values()):
+        return ""
+    common = _value_axis(metric, [curve for lines in found.values() for _, curve in lines])
+    panels = [_panel(metric, run, found[run.place], _step_axis(runs, 4), common, named=len(runs) > 1) for run in runs]
+    used = [part for part in metric.parts if any(part == p for lines in found.values() for p, _ in lines)]
+    keys = "".join(f'<li><svg aria-hidden="true" width="28" height="8"><path class="{p.style}" d="M1 4H27"/></svg>{p.name}</li>' for p in used)
+    legend = f'<ul class="legend" aria-label="Lines">{keys}</ul>' if len(used) > 1 else ""
+    note = f"{metric.note} {metric.beside}".strip() if len(runs) > 1 else metric.note
+    return f'<section class="metric"><h3>{metric.title}</h3><p class="note">{note}</p>{legend}<div class="panels">{"".join(panels)}</div></section>'
+
+
+def _curve(run: Run, part: Part, positive: bool) -> Curve:
+    """The values of one key over a run's steps, without steps that lack it, and empty where it is 0 throughout and so was not in use."""
+    rows = [row for row in run.steps if _known(row.get(part.key)) and (not part.per or row.get(part.per))]
+    points = [(row["step"], row[part.key] / row[part.per], row[part.per]) if part.per else (row["step"], row[part.key], 1) for row in rows]
+    if positive:  # a logarithmic scale has no place for others
+        points = [point for point in points if point[1] > 0]
+    if not points or not (part.zero or any(value for _, value, _ in points)):
+        return Curve(part.name, [], [])
+    steps, values, weights = (list(column) for column in zip(*points, strict=True))
+    return Curve(part.name, steps, values, weights)
+
+
+def _known(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _value_axis(metric: Metric, curves: Sequence[Curve]) -> Axis:
+    values = [value for curve in curves for value in curve.values]
+    if metric.log:
+        return log_axis(values)
+    if metric.stairs:
+        return linear_axis([0, *values])
+    # Each line's own range, or a calm line would lose its ends to a wild one's.
+    return linear_axis([end for curve in curves for end in usual_range(curve.values)])
+
+
+def _panel(metric: Metric, run: Run, lines: Sequence[tuple[Part, Curve]], x: Axis, common: Axis, named: bool) -> str:
+    sign = f'<svg class="r{run.colour}" aria-hidden="true" width="12" height="12" viewBox="-7 -7 14 14"><use href="#m{run.colour % len(MARKERS)}"/></svg>'
+    head = f"<figcaption>{sign}{safe(run.name)}</figcaption>" if named else ""
+    if not lines:
+        return f'<figure class="none">{head}<p class="note">not part of this run</p></figure>'
+    y = common if metric.shared else _value_axis(metric, [curve for _, curve in lines])
+    drawn = tuple(Line(curve, part.style, run.colour, metric.stairs) for part, curve in lines)
+    chart = Chart(f"{metric.key}-{run.place}", f"{metric.title}, {run.name}", drawn, x, y, () if metric.stairs else run.marks, metric.reference)
+    return f"<figure>{head}{draw(chart)}{_outside([curve for _, curve in lines], y)}</figure>"
+
+
+def _outside(curves: Sequence[Curve], y: Axis) -> str:
+    """A note of values that the axis leaves out."""
+    values = [value for curve in curves for value in y.outside(curve.values)]
+    if not values:
+        return ""
+    span = f"{number(min(values))} to {number(max(values))}" if len(values) > 1 else number(values[0])
+    return f'<p class="note outside">{len(values)} {"value" if len(values) == 1 else "values"} beyond the chart (averaged as its edge): {span}</p>'
+
+
+# Answers
+
+
+def _gallery(examples: Sequence[Example]) -> str:
+    cards = "".join(f"<li>{_example(example, place)}</li>" for place, example in enumerate(examples, start=1))
+    return f'<ul class="gallery">{cards}</ul>'
+
+
+def _example(example: Example, place: int) -> str:
+    image = open_image(example.image)
+    size = f"{image.width} × {image.height}"
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
+    kind = ' class="small"' if max(image.size) <= SMALL_SIDE else ""
+    picture = f'<img{kind} src="{_png_url(image)}" alt="Image of example {place}, {size} pixels" width="{image.width}" height="{image.height}">'
+    question, _, more = example.question.strip().partition("\n")
+    choices = f'<p class="choices" dir="auto">{safe(more, LONGEST_TEXT)}</p>' if more else ""
+    answers = "".join(_answer(name, text, right) for name, (text, right) in example.answers.items())
+    return (
+        f'<article aria-label="Example {place}"><div class="picture">{picture}</div>'
+        f'<h3 class="question" dir="auto">{safe(question, LONGEST_TEXT)}</h3>{choices}'
+        f'<p class="truth"><span class="who">truth</span> <span dir="auto">{safe(example.truth, LONGEST_TEXT)}</span></p>'
+        f'<ul class="answers">{answers}</ul></article>'
+    )
+
+
+def _answer(name: str, text: str, right: bool) -> str:
+    word, shape = ("right", "M2.5 8.5l4 4 7-9") if right else ("wrong", "M3.5 3.5l9 9m0-9l-9 9")
+    sign = f'<svg class="sign" role="img" aria-label="{word}" viewBox="0 0 16 16"><path d="{shape}"/></svg>'
+    said = f'<span class="said" dir="auto">{safe(text, LONGEST_TEXT)}</span>' if text.strip() else '<span class="said empty">no answer</span>'
+    return f'<li class="{word}">{sign}<span class="who">{safe(name)}</span> {said}</li>'
+
+
+def _png_url(image: Image.Image) -> str:
+    data = _png(image)
+    if len(data) > TRUE_COLOUR_BYTES:
+        data = min(data, _png(image.quantize(256)), key=len)
+    return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
