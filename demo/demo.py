@@ -22,6 +22,7 @@ from ..distill.inputs import Encoder
 from ..distill.recipe import read_recipe
 from ..distill.report import Example, Table, write_report
 from ..distill.stages import distill
+from ..errors import MastersError
 from ..export import ExportConfig, export
 from ..export.bundle import open_bundle
 from ..files import read_json, write_json, write_text
@@ -62,6 +63,8 @@ class DemoConfig:
 def demo(config: DemoConfig) -> str:
     """Run the demo, or what is left of it; returns the table and the sentences that it ends with."""
     started = time.monotonic()
+    if config.out.exists() and not config.out.is_dir():
+        raise MastersError(f"{config.out} is a file; expected a folder to write the demo to, choose another --out")
     torch.set_num_threads(config.threads)
     files = build_data(config.out / "data", config.sizes)
     students = {preset: distill_preset(preset, config.out) for preset in PRESETS}

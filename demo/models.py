@@ -32,7 +32,7 @@ TEMPLATE = (
 # Widths and depths of the two sizes; every width is a multiple of 32, which int4 blocks and Core ML states ask for.
 TEXT = {
     "teacher": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
-    "student": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32),
+    "student": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=32),
 }
 VISION = {
     "teacher": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=3),

@@ -60,8 +60,8 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     """
     if until not in STAGES:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
+    run = _Run(recipe)  # reads only, and refuses what does not fit before anything is written
     with _locked(recipe.out):
-        run = _Run(recipe)  # refuses what does not fit before the folder is this recipe's
         _claim(recipe)
         run.plan()
         if until == "check":

@@ -14,6 +14,7 @@ from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_j
 from ..manifest import Decoder, Manifest, Part
 from ..progress import say
 from ..runtime.session import Vlm
+from ..samples import read_samples
 from . import ExportConfig
 from .drop import measure_drop
 from .golden import GOLDEN, write_golden
@@ -34,6 +35,8 @@ def write_bundle(config: ExportConfig) -> Manifest:
     student, out = config.student.resolve(), config.out.resolve()
     if out == student or out in student.parents:
         raise MastersError(f"the output folder {config.out} holds the model to be exported; choose another output folder")
+    if config.data is not None:
+        read_samples(config.data)  # a row that can't be used shows now, not after the work
     with whole_folder(config.out, replace=config.force) as folder:
         source = load_source(config.student)
         manifest = _write_files(source, config, precision, folder)
