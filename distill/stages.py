@@ -34,6 +34,7 @@ from .judge import NAME as JUDGE
 from .judge import judge
 from .mask import TensorMask, apply_mask, maskable, plan_masks, restore
 from .recipe import Recipe, Teacher, recipe_values
+from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct, read_responses, write_responses
 from .schedule import mask_ratios, stage_bounds
 from .train import MetricsLog, Step, Trainer, plan_steps
@@ -153,7 +154,8 @@ class _Run:
         student = self._student() if missing else None
         for name in bar(missing, "answers of the student"):
             source = {"source": "student", "model": self.recipe.student.name, "ratio": 0.0}
-            write_responses(paths[name], self._respond(student, chunks[name], self.recipe.answers.student, source))
+            with self._trainer().accelerator.autocast():
+                write_responses(paths[name], self._respond(student, chunks[name], self.recipe.answers.student, source))
         return list(paths.values())
 
     def _respond(self, model: Any, samples: Sequence[Sample], count: int, source: Mapping[str, Any]) -> list[Response]:
@@ -195,7 +197,10 @@ class _Run:
 
     def _evaluate(self, trainer: Trainer, log: MetricsLog, step: Step) -> None:
         """Validation accuracy; the weights are kept where it is the highest so far."""
-        answers = greedy_answers(trainer.student, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating")
+        with trainer.accelerator.autocast():
+            answers = greedy_answers(
+                trainer.student, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating"
+            )
         reached = scores(self.validation, answers)
         accuracy = sum(reached) / len(reached)
         log.write({"kind": "evaluation", "step": step.number, "stage": step.stage, "ratio": step.ratio, "validation_accuracy": accuracy})
@@ -204,18 +209,25 @@ class _Run:
             trainer.save_best()
 
     def finish(self) -> None:
-        """Write student/: the last or the best weights with the student's own processor files."""
+        """Write report.html, then student/: the last or the best weights with the student's own processor files."""
         target = self.out / "student"
         if target.exists():
             return
         trainer = self._trainer()
         if self.recipe.train.keep == "best":
             trainer.load_best()
+        self._report()
         with whole_folder(target) as part:
             trainer.student.to(torch.bfloat16).save_pretrained(part)
             self.encoder.processor.save_pretrained(part)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
         say(f"student written to {target}")
+
+    def _report(self) -> None:
+        reached = [row["validation_accuracy"] for row in read_run(self.out) if row["kind"] == "evaluation"]
+        change = f"Validation accuracy went from {reached[0]:.3f} to {reached[-1]:.3f}; the highest was {max(reached):.3f}."
+        kept = f"The student holds the {self.recipe.train.keep} weights."
+        write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], [change, kept], [])
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:
@@ -228,7 +240,7 @@ class _Run:
         return self._trainer().student
 
     def _load_student(self) -> Any:
-        student = models.load_model(self.recipe.student, self.dtype).to(models.device())
+        student = models.load_model(self.recipe.student, torch.float32).to(models.device())
         if self.recipe.train.freeze_vision:
             models.freeze_vision(student)
         return student
