@@ -125,11 +125,10 @@ def test_bomb_is_refused_on_its_header() -> None:
     assert "at most 100 megapixels are decoded, scale it down first" in message
 
 
-@pytest.mark.parametrize("size", [(9000, 9000), (10_000, 10_000)])
-def test_large_photo_within_the_limit_is_read(size: tuple[int, int]) -> None:
+def test_large_photo_within_the_limit_is_read() -> None:
     """Pillow itself warns above 89 megapixels; ours is the only limit."""
-    image = open_image(encode(Image.new("L", size, 7), "PNG"))
-    assert (image.size, image.getpixel((size[0] - 1, 0))) == (size, (7, 7, 7))
+    image = open_image(encode(Image.new("L", (9000, 9950), 7), "PNG"))
+    assert (image.size, image.getpixel((8999, 0))) == ((9000, 9950), (7, 7, 7))
 
 
 def truncated(form: str, keep: float = 0.6) -> bytes:

@@ -73,7 +73,7 @@ def test_nothing_but_the_runtimes_needs(installed: Installed, tmp_path: Path) ->
     assert names - OURS - THEIRS == set()
 
 
-def test_size(installed: Installed, record_property: pytest.RecordProperty) -> None:
+def test_size(installed: Installed) -> None:
     download = sum(path.stat().st_size for path in installed.wheels.glob("*.whl")) / 1e6
     on_disk = sum(path.stat().st_size for path in installed.files()) / 1e6
     print(f"base install: {download:.0f} MB to download, {on_disk:.0f} MB installed without bytecode")
