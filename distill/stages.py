@@ -154,7 +154,7 @@ class _Run:
         student = self._student() if missing else None
         for name in bar(missing, "answers of the student"):
             source = {"source": "student", "model": self.recipe.student.name, "ratio": 0.0}
-            with self._trainer().accelerator.autocast():
+            with self._trainer().autocast():
                 write_responses(paths[name], self._respond(student, chunks[name], self.recipe.answers.student, source))
         return list(paths.values())
 
@@ -197,7 +197,7 @@ class _Run:
 
     def _evaluate(self, trainer: Trainer, log: MetricsLog, step: Step) -> None:
         """Validation accuracy; the weights are kept where it is the highest so far."""
-        with trainer.accelerator.autocast():
+        with trainer.autocast():
             answers = greedy_answers(
                 trainer.student, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating"
             )

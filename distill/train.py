@@ -71,7 +71,7 @@ class Trainer:
         self.recipe, self.encoder, self.folder = recipe, encoder, folder
         self.accelerator = Accelerator(mixed_precision="no")
         self.collate = family_of(student.config.model_type).collate_pixels
-        self.initial = copy.deepcopy(student).eval().requires_grad_(False) if recipe.objective.beta else None
+        self.initial = copy.deepcopy(student).to(getattr(torch, recipe.train.dtype)).eval().requires_grad_(False) if recipe.objective.beta else None
         self.student = student
         trained = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
@@ -89,7 +89,8 @@ class Trainer:
         packed = pack([Group(self.encoder.prompt(s), tuple(r.ids for r in g)) for s, g in zip(chosen, groups, strict=True)], self.encoder.pad, self.collate)
         batch = move(packed, self.accelerator.device)
         self.student.train()
-        stats = self._stats(batch, teacher)
+        with self.autocast():
+            stats = self._stats(batch, teacher)
         shaped = shape_rewards(groups, stats, self.recipe.objective)
         distill, rest = loss(stats, shaped.advantage, shaped.weights, weights_of(self.recipe.objective), shaped.distill_on)
         value = float((distill + rest).detach())
@@ -103,6 +104,10 @@ class Trainer:
         self.done = step.number + 1
         row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": value, "loss_distill": float(distill.detach()), **norms}
         return row | _describe(stats, shaped, groups) | {"seconds": time.monotonic() - started, "questions": len(chosen)}
+
+    def autocast(self) -> torch.autocast:
+        """Computing in the recipe's type with float32 weights: an update of 1e-6 would be lost in a bfloat16 weight."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.train.dtype == "bfloat16")
 
     def _stats(self, batch: PackedBatch, teacher: Any | None) -> RowStats:
         objective = self.recipe.objective
@@ -216,6 +221,7 @@ def _spans(groups: Sequence[Sequence[DistinctResponse]]) -> Iterator[slice]:
         start += len(group)
 
 
+@torch.no_grad()
 def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[DistinctResponse]]) -> dict[str, float]:
     """The figures of one step that tell whether training goes well."""
     pairs = {"distillation": shaped.distillation, "total": shaped.total}
