@@ -341,7 +341,7 @@ def _reading(chart: Chart, step: float, shown: Sequence[dict[float, float]]) -> 
             key = line.curve.name if line.label else KEYS[line.style] if len(chart.lines) > 1 else ""
             named = f'<tspan class="key" dx=".8em">{safe(key)}</tspan>' if key else ""
             values.append(f'{named}<tspan class="value{f" r{line.run}" if line.label else ""}" dx="{".3em" if key else ".8em"}">{number(there[step])}</tspan>')
-    return f'<text class="reading" x="0" y="0" dy="-1em"><tspan class="step">step {step:,.0f}</tspan>{"".join(values)}</text>'
+    return f'<text class="reading" x="0" y="0" dy="-1.3em"><tspan class="step">step {step:,.0f}</tspan>{"".join(values)}</text>'
 
 
 def _reading_steps(curves: Sequence[Curve]) -> list[float]:

@@ -51,7 +51,7 @@ figcaption svg{flex:none}
 .none .note{margin-top:10px;font-style:italic}
 .outside{margin:-4px 0 0 42px;font-size:12px}
 .r0{--run:var(--c0)}.r1{--run:var(--c1)}.r2{--run:var(--c2)}.r3{--run:var(--c3)}.r4{--run:var(--c4)}.r5{--run:var(--c5)}.r6{--run:var(--c6)}.r7{--run:var(--c7)}
-svg.chart{display:block;overflow:visible;width:calc(100% - 50px);height:132px;margin:32px 8px 30px 42px}
+svg.chart{display:block;overflow:visible;width:calc(100% - 50px);height:132px;margin:34px 8px 30px 42px}
 .reading{transform:translateX(var(--shift,-42px))}
 .validation svg.chart{height:290px;width:calc(100% - 200px);margin-right:164px}
 .alone svg.chart{height:150px}
