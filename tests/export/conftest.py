@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
-from masters.export import ExportConfig, export
+from masters.export import ExportConfig, export, onnx_target
 from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows
 from masters.export.source import Source, load_source
 
@@ -59,13 +60,21 @@ def int4_source(lively_source: Source) -> Source:
 
 @pytest.fixture(scope="session")
 def bundle_of(lively_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """bundle_of(precision): the folder of an ONNX bundle."""
+    """bundle_of(precision): the folder of an ONNX bundle. fp32, fp16 and int4 trace the vision tower, the others start from fp32's graph."""
     folder = tmp_path_factory.mktemp("bundles")
 
     @cache
     def exported(precision: str) -> Path:
         out = folder / precision.replace("=", "-").replace(",", "_")  # transformers.js takes it for a repository name
-        export(ExportConfig(lively_vlm, "onnx", out, precision))
+        with pytest.MonkeyPatch.context() as patch:
+            if precision not in ("fp32", "fp16", "int4"):
+                reuse_vision(patch, exported("fp32"))
+            export(ExportConfig(lively_vlm, "onnx", out, precision))
         return out
 
     return exported
+
+
+def reuse_vision(patch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """Let exports take the vision graph of an fp32 bundle: tracing takes most of an export's time."""
+    patch.setattr(onnx_target, "build_vision", lambda *_: ir.load(bundle / "onnx" / "vision_encoder.onnx"))
