@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..errors import ModelError
+from ..files import read_json
 from .families import family_of
 
 
@@ -27,8 +30,7 @@ def read_config(folder: Path) -> Any:
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model in `folder` with weights of `dtype`. Raises ModelError if weights are missing or damaged."""
     read_config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds a configuration but no weights; expected *.safetensors files beside it")
+    count_weights(folder)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds
@@ -36,6 +38,22 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     if info["missing_keys"]:
         raise ModelError(f"{folder} lacks the weight {sorted(info['missing_keys'])[0]}; expected a whole checkpoint, download it again")
     return model
+
+
+def count_weights(folder: Path) -> int:
+    """How many numbers the checkpoint in `folder` holds, from its files' headers. Raises ModelError, naming the file, where one is missing or cut."""
+    index = folder / "model.safetensors.index.json"
+    files = {folder / name for name in read_json(index)["weight_map"].values()} if index.is_file() else set(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds a configuration but no weights; expected *.safetensors files beside it")
+    total = 0
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the weights in {file} can't be read ({_first_line(error)}); expected a whole checkpoint, download it again") from None
+    return total
 
 
 def load_processor(folder: Path) -> Any:
@@ -56,9 +74,11 @@ def check_pair(teacher: Path, student: Path) -> None:
     ours, theirs = read_config(student), read_config(teacher)
     if ours.model_type != theirs.model_type:
         raise ModelError(f"{teacher} is a {theirs.model_type}, {student} a {ours.model_type}; expected teacher and student of one family")
-    large, small = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (teacher, student))
+    large, small = count_weights(teacher), count_weights(student)
     if large < small:
-        raise ModelError(f"the teacher {teacher} is smaller than the student {student}; expected the larger model as teacher, swap them")
+        raise ModelError(
+            f"the teacher {teacher} ({large:,} weights) is smaller than the student {student} ({small:,}); expected the larger model as teacher, swap them"
+        )
     left, right = load_processor(student), load_processor(teacher)
     if left.tokenizer.get_vocab() != right.tokenizer.get_vocab():
         raise ModelError(f"the tokenizers of {teacher} and {student} differ; expected one vocabulary, since the loss compares the models token by token")

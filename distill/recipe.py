@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +149,15 @@ _CHOICES = {
     "train.keep": ("last", "best"),
 }
 
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("data.limit", "longest", "answers.batch", "answers.max_tokens"), 1),
+    **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch"), 1),
+    **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
+    **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay"), 0),
+}
+_POSITIVE = ("train.learning_rate", "train.clip", "answers.top_p", "answers.repetition_penalty", "mask.step")
+
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, its paths relative to the file, with `overrides` such as 'train.learning_rate=1e-5' or 'teachers.0.r_max=0.4'."""
@@ -166,7 +177,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def build_recipe(raw: Mapping[str, Any], folder: Path = Path()) -> Recipe:
     """A recipe from plain values, as YAML gives them; relative paths are taken from `folder`."""
     preset = raw.get("preset", "default")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"unknown preset '{preset}'; expected one of {', '.join(PRESETS)}")
     recipe = _build(Recipe, _merge(PRESETS[preset], raw), "", folder)
     _check(recipe)
@@ -212,7 +223,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 def _build(kind: Any, raw: Any, where: str, folder: Path) -> Any:
     """A dataclass of type `kind` from a mapping, every key and type checked."""
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{where or 'the recipe'} is {type(raw).__name__}; expected keys such as {', '.join(list(_fields(kind))[:4])}")
+        raise RecipeError(f"{where.rstrip('.') or 'the recipe'} is {type(raw).__name__}; expected keys such as {', '.join(list(_fields(kind))[:4])}")
     hints, fields = typing.get_type_hints(kind), _fields(kind)
     for key in raw:
         if key not in fields:
@@ -240,7 +251,14 @@ def _value(hint: Any, value: Any, where: str, folder: Path) -> Any:
         return tuple(_value(typing.get_args(hint)[0], item, f"{where}.{i}", folder) for i, item in enumerate(value))
     if where in _CHOICES and value not in _CHOICES[where]:
         raise RecipeError(f"'{where}' is {value!r}; expected one of {', '.join(_CHOICES[where])}")
-    return _scalar(hint, value, where, folder)
+    found = _scalar(hint, value, where, folder)
+    if isinstance(found, float) and not math.isfinite(found):
+        raise RecipeError(f"'{where}' is {found}; expected a finite number")
+    if where in _LEAST and found < _LEAST[where]:
+        raise RecipeError(f"'{where}' is {found}; expected at least {_LEAST[where]}")
+    if where in _POSITIVE and found <= 0:
+        raise RecipeError(f"'{where}' is {found}; expected more than 0")
+    return found
 
 
 def _scalar(hint: Any, value: Any, where: str, folder: Path) -> Any:
@@ -259,14 +277,15 @@ def _scalar(hint: Any, value: Any, where: str, folder: Path) -> Any:
 
 def _check(recipe: Recipe) -> None:
     """What one key alone can't tell."""
-    answers, train = recipe.answers, recipe.train
+    answers = recipe.answers
     if not recipe.teachers:
         raise RecipeError("the recipe has no teacher; expected at least one under 'teachers'")
-    if answers.teacher + answers.student + answers.truth < 1 or min(answers.teacher, answers.student, answers.truth) < 0:
+    if answers.teacher + answers.student + answers.truth < 1:
         raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
-    if not 0 < answers.top_p <= 1 or answers.temperature < 0 or answers.top_k < 0 or answers.repetition_penalty <= 0 or answers.max_tokens < 1:
-        raise RecipeError(
-            "the sampling in 'answers' is out of range; expected 0 < top_p <= 1, temperature, top_k >= 0, repetition_penalty > 0, max_tokens >= 1"
-        )
-    if train.learning_rate <= 0 or train.questions_per_step < 1 or train.epochs < 1 or train.checkpoint_steps < 1:
-        raise RecipeError("'train' is out of range; expected learning_rate > 0 and questions_per_step, epochs, checkpoint_steps of at least 1")
+    if answers.top_p > 1:
+        raise RecipeError(f"'answers.top_p' is {answers.top_p}; expected at most 1, the share of probability to draw from")
+    for expression in recipe.mask.exclude:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise RecipeError(f"'mask.exclude' holds '{expression}', which is no regular expression ({error}); mend it, dots are written \\.") from None

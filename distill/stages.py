@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from ..errors import RecipeError, RunError
 from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_json, write_text
@@ -218,7 +219,10 @@ class _Run:
             trainer.load_best()
         self._report()
         with whole_folder(target) as part:
-            trainer.student.to(torch.bfloat16).save_pretrained(part)
+            try:
+                trainer.student.to(torch.bfloat16).save_pretrained(part)
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise OSError(str(error).splitlines()[0]) from error
             self.encoder.processor.save_pretrained(part)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
         say(f"student written to {target}")
@@ -299,8 +303,12 @@ def _truth(sample: Sample, encoder: Encoder) -> Response:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the run folder for this process alone; the lock goes with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as handle:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise RunError(f"{out} can't hold a run ({error.strerror}); expected a folder that can be written to, choose another 'out'") from None
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -136,8 +136,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        with whole_file(self.folder / "last.pt") as part:
-            torch.save(state, part)
+        _write(self.folder / "last.pt", state)
 
     def load(self) -> bool:
         """Continue from the checkpoint if there is one."""
@@ -156,11 +155,18 @@ class Trainer:
 
     def save_best(self) -> None:
         """Keep the weights as they are now; the checkpoint that follows records that they were the best."""
-        with whole_file(self.folder / "best.pt") as part:
-            torch.save(self.student.state_dict(), part)
+        _write(self.folder / "best.pt", self.student.state_dict())
 
     def load_best(self) -> None:
         self.student.load_state_dict(torch.load(self.folder / "best.pt", map_location=self.accelerator.device, weights_only=True))
+
+
+def _write(path: Path, state: Mapping[str, Any]) -> None:
+    with whole_file(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).splitlines()[0][:120]) from error
 
 
 @dataclass(frozen=True)
@@ -258,5 +264,8 @@ class MetricsLog:
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"could not write {self.path}: {error.strerror}; free some space, then run again") from None
