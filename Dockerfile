@@ -1,6 +1,7 @@
 # Two images, built from the repository's root:
 #   docker build --target distill -t masters-distill .    everything, for a machine with a GPU:   docker run --gpus all -v "$PWD:/work" masters-distill distill recipe.yaml
-#   docker build --target runtime -t masters-runtime .    the base install, to serve one bundle:  docker run -p 8000:8000 -v "$PWD/bundle:/bundle:ro" masters-runtime
+#   docker build --target runtime -t masters-runtime .    the base install, to serve one bundle:  docker run -p 8000:8000 -e MASTERS_API_KEY -v "$PWD/bundle:/bundle:ro" masters-runtime
+# The server listens to other machines, so it asks for a key: export MASTERS_API_KEY before; without it the container stops with a line that says so.
 # docs/docker.md tells how each RUN line was proved; tests/test_dockerfile.py keeps this file in step with pyproject.toml.
 
 FROM python:3.11-slim-bookworm AS wheel

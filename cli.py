@@ -169,5 +169,33 @@ def check(as_json: bool, **options: Any) -> None:
     sys.exit(0 if report.passed else 1)
 
 
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="An address that other machines reach needs an API key.")
+@click.option("--port", type=int, default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key", envvar="MASTERS_API_KEY", help="What clients must show; better set as the variable MASTERS_API_KEY, which no list of processes shows."
+)
+@click.option("--name", help="The model's name for clients.  [default: the folder's]")
+@click.option("--parallel", type=int, default=1, show_default=True, help="Answers made at once.")
+@click.option("--queue", type=int, default=16, show_default=True, help="Requests that may wait; the next one gets a 429.")
+@click.option("--max-tokens", type=int, default=512, show_default=True, help="Length of an answer whose request names none.")
+@click.option("--max-images", type=int, default=16, show_default=True, help="Of one request.")
+@click.option("--max-megapixels", type=float, default=100, show_default=True, help="Of one request's images together.")
+@click.option("--max-body-mb", type=float, default=32, show_default=True)
+@click.option("--grace", type=float, default=30, show_default=True, help="Seconds to finish what runs when told to stop.")
+@click.option("--threads", type=int, help="Default: one a core.")
+@click.option("--provider", default="cpu", show_default=True)
+@_refusing
+def serve(**options: Any) -> None:
+    """Serve BUNDLE as OpenAI's chat completions, with a page to try it, until SIGTERM or Ctrl-C."""
+    from .manifest import read_manifest
+
+    module = _needs(".runtime.serve", "serve")
+    config = module.ServeConfig(**options)
+    # An ONNX bundle is opened by the server itself, after its port.
+    module.serve(config, None if read_manifest(config.bundle).target == "onnx" else _open(config.bundle, config.provider, config.threads))
+
+
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ __all__ = [
     "ModelError",
     "ParityError",
     "RecipeError",
+    "RequestError",
     "RunError",
 ]
 
@@ -48,6 +49,18 @@ class BundleError(MastersError):
 
 class ParityError(MastersError):
     """An exported graph does not agree with the PyTorch model; the message names stage, tensor and difference."""
+
+
+class RequestError(MastersError):
+    """A request that the server refuses, with the HTTP status that says why."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None, retry_after: int | None = None) -> None:
+        """`param` is the field at fault, `code` a word for programs, `retry_after` in seconds."""
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
 
 
 class MissingExtraError(MastersError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from .errors import ImageError
 
@@ -15,6 +17,8 @@ from .errors import ImageError
 MAX_PIXELS = 100_000_000
 # LANCZOS needs several source pixels per side to mean anything, and some processors divide by the aspect ratio.
 MAX_ASPECT = 200
+# What people's pictures are in. Pillow knows more, but hands some to other programs (EPS to Ghostscript), which bytes from strangers must not reach.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 ImageSource = Path | str | bytes | Image.Image | np.ndarray
 
@@ -26,18 +30,34 @@ def open_image(source: ImageSource) -> Image.Image:
     can't be decoded in full, is a single pixel, has more than 100 megapixels, or has a side over 200 times the other.
     """
     name = _name(source)
-    try:
+    with _refusing(name):
         image = _decode(source)
         _check_size(image, name)
         image.load()
         return _on_white(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height as the file's head states them, before any rotation; nothing is decoded. Errors as for `open_image`, as far as the head shows them."""
+    name = _name(source)
+    with _refusing(name):
+        image = _decode(source)
+        _check_size(image, name)
+        return image.size
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Turn what goes wrong with the image `name` into an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError(f"no image file at {name}; expected a JPEG, PNG, WebP, GIF or BMP file there") from None
     except Image.DecompressionBombError as error:  # from twice Pillow's own limit on, before a size is known here
         raise ImageError(f"{name} is too large ({_one_line(error)}); at most {MAX_PIXELS // 10**6} megapixels are decoded, scale it down first") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # a decoder that is given damaged bytes may raise anything
         raise ImageError(f"could not decode {name} ({_one_line(error)}); expected a whole JPEG, PNG, WebP, GIF or BMP, save it again") from None
 
 
@@ -49,7 +69,7 @@ def _decode(source: ImageSource) -> Image.Image:
     with warnings.catch_warnings():
         # Our own limit is checked straight after, on the header alone.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

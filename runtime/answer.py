@@ -17,10 +17,19 @@ class Timings:
     image_preprocess: float  # decoding the files, resizing, tiling
     image_encode: float
     prefill: float  # embedding the prompt and running the decoder over it
-    first_token: float  # from the call to the first token
+    first_token: float  # from the call to the first token; the total where none came
     decode_per_token: float | None  # median; None for an answer of one token
     total: float
     decode_steps: tuple[float, ...] = ()  # each token after the first
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token that it gave, before temperature and filters, and which tokens it found likeliest: (id, log-probability)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Answer:
     finish_reason: str  # stop, length or cancelled
     prompt_tokens: int
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token but the end token, where they were asked for
 
 
 @dataclass
@@ -46,23 +56,37 @@ class Clock:
 
     def timings(self) -> Timings:
         steps = tuple(1000 * (after - before) for before, after in itertools.pairwise(self.tokens))
+        now = time.perf_counter()
         return Timings(
             image_preprocess=1000 * self.preprocess,
             image_encode=1000 * self.encode,
             prefill=1000 * self.prefill,
-            first_token=1000 * (self.tokens[0] - self.start),
+            first_token=1000 * ((self.tokens[0] if self.tokens else now) - self.start),
             decode_per_token=statistics.median(steps) if steps else None,
-            total=1000 * (time.perf_counter() - self.start),
+            total=1000 * (now - self.start),
             decode_steps=steps,
         )
 
 
-class Stream(Iterator[str]):
-    """Pieces of an answer as they come. `answer` is the whole of it; `cancel` may be called from any thread and takes effect within a token."""
+@dataclass
+class Making:
+    """An answer in the making: what the session that makes it and the stream that shows it share."""
 
-    def __init__(self, pieces: Generator[str, None, Answer], cancelled: threading.Event) -> None:
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer as they come. `answer` is the whole of it; `cancel` may be called from any thread and takes effect within a token.
+
+    `logprobs` grows with the tokens, which may be ahead of the pieces.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer], making: Making) -> None:
         self._pieces = pieces
-        self._cancelled = cancelled
+        self._making = making
+        self.logprobs = making.logprobs
         self._answer: Answer | None = None
 
     def __next__(self) -> str:
@@ -82,4 +106,4 @@ class Stream(Iterator[str]):
         return self._answer
 
     def cancel(self) -> None:
-        self._cancelled.set()
+        self._making.cancelled.set()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+
+# GPT-2's alphabet: the printable bytes stand for themselves, the others for the characters from 256 on.
+_PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
 
 
 class TextStream:
@@ -68,3 +74,22 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` with which `stop` begins."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class TokenBytes:
+    """What each single token adds to a text, as bytes: a character may take several tokens. Special tokens add nothing."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.bytewise = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self.special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+
+    def __call__(self, token: int) -> bytes:
+        text = self.tokenizer.id_to_token(token) or ""  # a vocabulary may be padded with ids that mean nothing
+        if token in self.special:
+            return b""
+        if self.bytewise and all(character in BYTE_OF for character in text):
+            return bytes(BYTE_OF[character] for character in text)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # SentencePiece's form
+            return bytes.fromhex(byte[1])
+        return text.replace("▁", " ").encode()

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RecipeError
+from .answer import TokenLogprob
+
+# Logits divided by less overflow float32, and there the likeliest token is certain anyway.
+COLDEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Sampling:
 def choose(logits: np.ndarray, seen: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
     """The next token's id; `seen` are the ids of the prompt and the answer so far, int64 [S]."""
     logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(np.argmax(logits))
     return draw(keep_min_p(keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p), sampling.min_p), rng)
 
@@ -89,3 +93,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """float64, so that the sums over a large vocabulary stay exact."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
     return np.asarray(powers / powers.sum())
+
+
+def rank(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """The log-probability of `token` and of the `top` likeliest ones, ties in the order of their ids, under softmax(logits)."""
+    logprobs = logits.astype(np.float64) - logits.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    best = np.argsort(-logprobs, kind="stable")[:top]
+    return TokenLogprob(token, float(logprobs[token]), tuple((int(one), float(logprobs[one])) for one in best))

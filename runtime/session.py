@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +15,15 @@ import numpy as np
 from ..errors import BundleError, DataError, RecipeError
 from ..images import ImageSource, open_image
 from ..manifest import Manifest
-from .answer import Answer, Clock, Stream
+from .answer import Answer, Clock, Making, Stream
 from .chat import Message, read_chat_format, text_message, user_message
 from .detokenize import TextStream
 from .graphs import Parts, ResizableCache
+from .pictures import Picture, PictureMemory, new_picture
 from .pixels import Grid, Pixels
-from .sampling import Sampling, choose
+from .sampling import Sampling, choose, rank
 
-_picture_keys = itertools.count(-1, -1)
+__all__ = ["Chat", "Context", "Options", "Picture", "Vlm", "common_prefix", "load_family", "prompt_keys"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,11 @@ class Options:
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    top_logprobs: int | None = None  # how many of the likeliest tokens to report at each place, besides the chosen one; None reports nothing
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise RecipeError(f"max_tokens is {self.max_tokens}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image once it has been encoded: how it was tiled, and its features float32 [n_tokens, hidden]."""
-
-    key: int  # negative and never given twice: stands for the image where prompts are compared
-    grid: Grid
-    features: np.ndarray
 
 
 @dataclass
@@ -55,6 +46,8 @@ class Context:
 
     cache: Any = None
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    prompt: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # the keys of the last prompt
+    logits: np.ndarray | None = None  # and what followed it, float32 [vocab]
 
 
 class Vlm:
@@ -65,6 +58,7 @@ class Vlm:
         self.manifest = manifest
         self.folder = folder
         self.parts = parts
+        self.memory = PictureMemory()  # off; a server turns it on, a chat has its pictures anyway
         self.format = read_chat_format(folder)
         self.family = load_family(manifest.model_type)
         for key in ("eos_token_ids", "image_token_id"):
@@ -99,6 +93,15 @@ class Vlm:
         """
         sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty, seed)
         return self.chat(system)._stream(question, images, Options(max_tokens, _strings(stop), sampling))
+
+    def reply(self, messages: Sequence[Message], images: Sequence[ImageSource] = (), options: Options | None = None, context: Context | None = None) -> Stream:
+        """The next turn of a conversation that is given whole; `images` belong to its {"type": "image"} parts, in order.
+
+        Errors as for `stream`. A `context` that is passed again for another answer to the same prompt saves computing the prompt.
+        """
+        chat = Chat(self)
+        chat.context = context or chat.context
+        return chat._reply(messages, images, options or Options())
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers its turns."""
@@ -144,53 +147,77 @@ class Chat:
         return self._stream(question, images, Options(max_tokens, _strings(stop), Sampling(0.0 if greedy else temperature, **sampling)))
 
     def _stream(self, question: str, images: Sequence[ImageSource], options: Options) -> Stream:
-        cancelled = threading.Event()
-        return Stream(self._turn(question, images, options, cancelled), cancelled)
+        making = Making()
+        return Stream(self._turn(question, images, options, making), making)
 
-    def _turn(self, question: str, images: Sequence[ImageSource], options: Options, cancelled: threading.Event) -> Generator[str, None, Answer]:
-        clock = Clock()
-        pictures = [*self.pictures, *self._look(images, clock)]
-        messages = [*self.messages, user_message(question, len(images))]
-        ids = self.vlm.prompt_ids(messages, [picture.grid for picture in pictures])
-        answer = yield from self._generate(ids, pictures, options, cancelled, clock)
-        self.messages, self.pictures = [*messages, text_message("assistant", answer.text)], pictures
+    def _reply(self, messages: Sequence[Message], images: Sequence[ImageSource], options: Options) -> Stream:
+        making = Making()
+        return Stream(self._respond(messages, [], images, options, making), making)
+
+    def _turn(self, question: str, images: Sequence[ImageSource], options: Options, making: Making) -> Generator[str, None, Answer]:
+        messages, pictures = [*self.messages, user_message(question, len(images))], list(self.pictures)
+        answer = yield from self._respond(messages, pictures, images, options, making)
+        if answer.token_ids:
+            self.messages, self.pictures = [*messages, text_message("assistant", answer.text)], pictures
         return answer
 
-    def _look(self, images: Sequence[ImageSource], clock: Clock) -> list[Picture]:
-        start = time.perf_counter()
-        seen = self.vlm.see(images)
-        clock.preprocess = time.perf_counter() - start
-        pictures = [Picture(next(_picture_keys), pixels.grids[0], self.vlm.parts.encode_images(pixels)) for pixels in seen]
-        clock.encode = time.perf_counter() - start - clock.preprocess
-        return pictures
-
-    def _generate(
-        self, ids: np.ndarray, pictures: Sequence[Picture], options: Options, cancelled: threading.Event, clock: Clock
+    def _respond(
+        self, messages: Sequence[Message], pictures: list[Picture], images: Sequence[ImageSource], options: Options, making: Making
     ) -> Generator[str, None, Answer]:
+        """Answer `messages`; the encoded `images` are added to `pictures`, those of earlier turns."""
+        clock = making.clock = Clock()
+        seen = self._look(images, clock)
+        ids = self.vlm.prompt_ids(messages, [*(picture.grid for picture in pictures), *(_grid(one) for one in seen)])
+        # Before any image is encoded, which takes seconds: the prompt may not fit.
+        budget = self._room(len(ids), options.max_tokens)
+        for image, one in zip(images, seen, strict=True):
+            if making.cancelled.is_set():
+                return Answer("", (), "cancelled", len(ids), clock.timings())
+            pictures.append(self._encode(image, one, clock))
+        return (yield from self._generate(ids, pictures, budget, options, making))
+
+    def _look(self, images: Sequence[ImageSource], clock: Clock) -> list[Picture | Pixels]:
+        """Each image preprocessed, or remembered as encoded."""
+        start = time.perf_counter()
+        seen = [self.vlm.memory.find(image) or self.vlm.see([image])[0] for image in images]
+        clock.preprocess = time.perf_counter() - start
+        return seen
+
+    def _encode(self, image: ImageSource, seen: Picture | Pixels, clock: Clock) -> Picture:
+        if isinstance(seen, Picture):
+            return seen
+        start = time.perf_counter()
+        picture = new_picture(seen.grids[0], self.vlm.parts.encode_images(seen))
+        clock.encode += time.perf_counter() - start
+        self.vlm.memory.keep(image, picture)
+        return picture
+
+    def _generate(self, ids: np.ndarray, pictures: Sequence[Picture], budget: int, options: Options, making: Making) -> Generator[str, None, Answer]:
         ends = set(self.vlm.manifest.generation["eos_token_ids"])
         rng = np.random.default_rng(options.sampling.seed)
         text = TextStream(self.vlm.format.tokenizer, options.stop)
         tokens: list[int] = []
         shown: list[str] = []
-        budget = self._room(len(ids), options.max_tokens)
-        logits = self._prefill(ids, pictures, len(ids) + budget, clock)
+        logits = self._prefill(ids, pictures, len(ids) + budget, making.clock)
         while True:
             seen = np.concatenate([ids, np.array(tokens, np.int64)]) if options.sampling.repetition_penalty != 1 else ids
             tokens.append(choose(logits, seen, options.sampling, rng))
-            clock.tokens.append(time.perf_counter())
+            making.clock.tokens.append(time.perf_counter())
             if tokens[-1] in ends:
                 reason = "stop"
                 break
+            if options.top_logprobs is not None:
+                making.logprobs.append(rank(logits, tokens[-1], options.top_logprobs))
             if piece := text.push(tokens[-1]):
                 shown.append(piece)
                 yield piece
-            if reason := _finish_reason(text.stopped, len(tokens) == budget, cancelled.is_set()):
+            if reason := _finish_reason(text.stopped, len(tokens) == budget, making.cancelled.is_set()):
                 break
             logits = self._decode(np.array(tokens[-1:], np.int64))
         if piece := text.finish():
             shown.append(piece)
             yield piece
-        return Answer("".join(shown), tuple(tokens), reason, len(ids), clock.timings())
+        return Answer("".join(shown), tuple(tokens), reason, len(ids), making.clock.timings(), tuple(making.logprobs))
 
     def _room(self, prompt: int, wanted: int) -> int:
         """How many tokens the answer may have after a prompt of `prompt`."""
@@ -205,6 +232,8 @@ class Chat:
         """Logits float32 [vocab] after the prompt, of which only what the cache does not hold yet is computed."""
         start = time.perf_counter()
         keys = prompt_keys(ids, pictures, self.vlm.manifest.generation["image_token_id"])
+        if (logits := self._again(keys, capacity)) is not None:
+            return logits
         known = self._reuse(keys, capacity)
         embeds = self.vlm.parts.embed(ids[known:])
         places = keys[known:] < 0
@@ -214,13 +243,24 @@ class Chat:
             embeds = embeds.copy()
             embeds[places] = features[len(features) - int(places.sum()) :]
         logits = self.vlm.parts.decode(embeds, self.context.cache)
-        self.context.keys = keys
+        # Copied for the same reason.
+        self.context.keys, self.context.prompt, self.context.logits = keys, keys, logits.copy()
         clock.prefill = time.perf_counter() - start
         return logits
+
+    def _again(self, keys: np.ndarray, capacity: int) -> np.ndarray | None:
+        """The logits after the prompt `keys` if it is this context's last one: another answer to it begins there, with exactly the same numbers."""
+        context = self.context
+        if context.logits is None or not isinstance(context.cache, ResizableCache) or not np.array_equal(context.prompt, keys):
+            return None
+        context.cache.keep(len(keys), capacity)
+        context.keys = keys
+        return context.logits
 
     def _reuse(self, keys: np.ndarray, capacity: int) -> int:
         """Bring the cache to the longest beginning that it shares with `keys`, short of the last position, whose logits are wanted."""
         context = self.context
+        context.logits = None  # until the new prompt has been run
         known = min(common_prefix(context.keys, keys), len(keys) - 1)
         if known and isinstance(context.cache, ResizableCache):
             context.cache.keep(known, capacity)
@@ -267,6 +307,10 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
     return int(differ[0]) if differ.size else size
+
+
+def _grid(seen: Picture | Pixels) -> Grid:
+    return seen.grid if isinstance(seen, Picture) else seen.grids[0]
 
 
 def _finish_reason(stopped: bool, full: bool, cancelled: bool) -> str:
