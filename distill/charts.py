@@ -330,18 +330,20 @@ def _readings(chart: Chart, strong: Sequence[Sequence[float]]) -> str:
     if any(line.label for line in chart.lines):  # their last values stand at their ends
         return f'<g class="readings">{"".join(strips)}</g>'
     last = [{steps[-1]: there[line.curve.steps[-1]]} for line, there in zip(chart.lines, shown, strict=True)]
-    return f'<g class="readings">{"".join(strips)}</g><g class="last">{_reading(chart, steps[-1], last)}</g>'
+    # A part that is measured now and then may have its last value at an earlier step.
+    when = "" if all(line.curve.steps[-1] == steps[-1] for line in chart.lines) else "last"
+    return f'<g class="readings">{"".join(strips)}</g><g class="last">{_reading(chart, steps[-1], last, when)}</g>'
 
 
-def _reading(chart: Chart, step: float, shown: Sequence[dict[float, float]]) -> str:
-    """One line of text: the step, and of each line that has a value there a key, where there are several, and the value."""
+def _reading(chart: Chart, step: float, shown: Sequence[dict[float, float]], when: str = "") -> str:
+    """One line of text: the step, or `when` instead, and of each line that has a value there a key, where there are several, and the value."""
     values = []
     for line, there in zip(chart.lines, shown, strict=True):
         if step in there:
             key = line.curve.name if line.label else KEYS[line.style] if len(chart.lines) > 1 else ""
             named = f'<tspan class="key" dx=".8em">{safe(key)}</tspan>' if key else ""
             values.append(f'{named}<tspan class="value{f" r{line.run}" if line.label else ""}" dx="{".3em" if key else ".8em"}">{number(there[step])}</tspan>')
-    return f'<text class="reading" x="0" y="0" dy="-1.3em"><tspan class="step">step {step:,.0f}</tspan>{"".join(values)}</text>'
+    return f'<text class="reading" x="0" y="0" dy="-1.3em"><tspan class="step">{when or f"step {step:,.0f}"}</tspan>{"".join(values)}</text>'
 
 
 def _reading_steps(curves: Sequence[Curve]) -> list[float]:

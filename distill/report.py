@@ -275,7 +275,7 @@ def _reading_help(runs: Sequence[Run]) -> str:
     longest = max(len(run.steps) for run in runs)
     smoothed = f" Strong lines are moving averages over {window(longest)} steps, faint ones single steps." if longest >= SMOOTHED_FROM else ""
     marks = " At a vertical hairline the teacher’s mask changes." if any(run.marks for run in runs) else ""
-    figures = " The figures above a chart are those of the last step, or of the step under the pointer."
+    figures = " The figures above a chart are the last ones, or those of the step under the pointer."
     return f'<p class="note">All charts run over steps.{smoothed}{marks}{figures}</p>'
 
 

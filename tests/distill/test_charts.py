@@ -127,6 +127,12 @@ def test_readings_say_every_value_of_a_short_curve_and_the_last_stands_without_a
     assert [x + width for x, width in edges] == [25, 75, 100]  # the strips touch, with each step inside its own
 
 
+def test_last_values_of_different_steps_claim_none() -> None:
+    lines = (Line(Curve("total", [0, 1, 2], [0.5, 0.25, 0.125])), Line(Curve("part", [0], [0.75]), "dashed"))
+    root = _parse(draw(Chart("c", "norms", lines, linear_axis([0, 3], whole=False), linear_axis([0, 1]))))
+    assert "".join(root.findall("g[@class='last']/text")[0].itertext()) == "last—0.125- -0.75"
+
+
 def test_names_at_the_ends_keep_clear_of_each_other() -> None:
     lines = tuple(Line(Curve(f"run {i}", [0, 10], [0.5, 0.8 + i / 1000]), run=i, label=True) for i in range(6))
     root = _parse(draw(Chart("c", "runs", lines, linear_axis([0, 10], whole=False), linear_axis([0.5, 0.81]))))
