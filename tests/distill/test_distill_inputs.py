@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from masters.distill.families.idefics3 import collate_pixels
-from masters.distill.inputs import Encoder, pad_left, to_device
+from masters.distill.inputs import Encoder, Prompt, pad_left, to_device
 from masters.errors import DataError, ImageError, ModelError
 from masters.samples import Sample
 
@@ -62,7 +62,9 @@ def test_a_prompt_is_never_cut(processor: Any, samples: list[Sample]):
 
 def test_bad_images_are_errors_that_name_the_file(processor: Any, samples: list[Sample], tmp_path: Path):
     cut = tmp_path / "cut.png"
-    cut.write_bytes(Path(samples[0].images[0]).read_bytes()[:200])
+    whole = samples[0].images[0]
+    assert isinstance(whole, Path)
+    cut.write_bytes(whole.read_bytes()[:200])
     for image in (cut, tmp_path / "absent.png"):
         with pytest.raises(ImageError, match=image.name):
             Encoder(processor).encode(dataclasses.replace(samples[0], images=(image,)))
@@ -73,7 +75,12 @@ def test_the_cache_holds_no_more_than_its_bytes(processor: Any, samples: list[Sa
     encoder = Encoder(processor, cache_bytes=2 * size)
     encoded: list[str] = []
     original = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda sample: (encoded.append(sample.id), original(sample))[1])
+
+    def encode(sample: Sample) -> Prompt:
+        encoded.append(sample.id)
+        return original(sample)
+
+    monkeypatch.setattr(encoder, "encode", encode)
     a, b, c = samples[:3]
     for sample in (a, b, a, c, a, b):  # c displaces b, the one not used for longest; then b is encoded again
         assert torch.equal(encoder.prompt(sample).ids, original(sample).ids)

@@ -1,0 +1,191 @@
+"""Model folders: whole ones load, anything else is one line before any work, and so is a pair that does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlamaConfig
+
+from masters.demo.models import build_model, save_model
+from masters.distill.models import check_pair, count_weights, exact_dtype, freeze_vision, frozen, load_model, load_processor, read_config
+from masters.errors import MastersError
+
+
+@pytest.fixture
+def folder(models: Any, tmp_path: Path) -> Path:
+    """A copy of the student's folder, to damage."""
+    return Path(shutil.copytree(models.student, tmp_path / "student"))
+
+
+def refusal(call: Callable[[], Any], expected: str) -> None:
+    with pytest.raises(MastersError, match=expected) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def sharded(folder: Path) -> list[Path]:
+    """Rewrite the checkpoint as several files with an index, as large ones come."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    return shards
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_folder_loads_in_the_type_asked_for(models: Any, dtype: torch.dtype):
+    model = load_model(models.student, dtype)
+    stored = load_file(models.student / "model.safetensors")
+    named = dict(model.named_parameters())
+    assert set(stored) <= set(named)
+    for name, tensor in stored.items():
+        assert named[name].dtype == dtype
+        assert torch.equal(named[name], tensor.to(dtype)), name
+
+
+def test_weights_are_counted_from_headers_whole_or_sharded(models: Any, folder: Path):
+    expected = sum(p.numel() for p in load_model(models.student, torch.bfloat16).parameters())
+    assert count_weights(models.student) == expected
+    sharded(folder)
+    assert count_weights(folder) == expected
+    assert torch.equal(load_model(folder, torch.bfloat16).lm_head.weight, load_model(models.student, torch.bfloat16).lm_head.weight)
+
+
+def test_no_folder_no_configuration_no_weights(folder: Path, tmp_path: Path):
+    refusal(lambda: load_model(tmp_path / "absent", torch.float32), r"no model in .*absent; expected a Hugging Face folder")
+    (folder / "model.safetensors").unlink()
+    refusal(lambda: load_model(folder, torch.float32), "a configuration but no weights")
+    (folder / "config.json").unlink()
+    refusal(lambda: load_model(folder, torch.float32), r"no model in .*config\.json")
+
+
+@pytest.mark.parametrize("text", ["{", "", '{"model_type": "idefics4"}', "{}"])
+def test_a_configuration_that_says_nothing(folder: Path, text: str):
+    (folder / "config.json").write_text(text)
+    refusal(lambda: read_config(folder), r"config\.json can't be read|not supported")
+
+
+def test_a_language_model_is_no_vision_language_model(tmp_path: Path):
+    LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50).save_pretrained(tmp_path)
+    refusal(lambda: read_config(tmp_path), "the model type 'llama' is not supported; expected one of idefics3, smolvlm")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, 600_000])
+def test_a_truncated_checkpoint(folder: Path, keep: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refusal(lambda: load_model(folder, torch.float32), r"the weights in .*model\.safetensors can't be read .*download it again")
+
+
+def test_a_missing_shard_is_named(folder: Path):
+    shards = sharded(folder)
+    shards[1].unlink()
+    refusal(lambda: load_model(folder, torch.float32), shards[1].name)
+
+
+def test_a_missing_weight_is_named(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    lost = tensors.pop("model.text_model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refusal(lambda: load_model(folder, torch.float32), r"lacks the weight model\.text_model\.layers\.1\.mlp\.up_proj\.weight")
+    tensors["model.text_model.layers.1.mlp.up_proj.weight"] = lost[:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refusal(lambda: load_model(folder, torch.float32), "can't be loaded")
+
+
+def test_folders_without_a_whole_processor(folder: Path):
+    (folder / "chat_template.jinja").unlink()
+    refusal(lambda: load_processor(folder), "no chat template")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refusal(lambda: load_processor(folder), "processor")
+
+
+def test_masks_are_counted_in_the_type_that_is_stored(models: Any, tmp_path: Path, processor: Any):
+    assert exact_dtype(models.student, torch.float32) == torch.bfloat16, "bfloat16 weights in float32 are the same numbers, in half the space"
+    assert exact_dtype(models.student, torch.bfloat16) == torch.bfloat16
+    build_model("student", processor.tokenizer).to(torch.float32).save_pretrained(tmp_path / "exact")
+    assert exact_dtype(tmp_path / "exact", torch.float32) == torch.float32
+    assert exact_dtype(tmp_path / "exact", torch.bfloat16) == torch.bfloat16, "what is computed with decides, not what is stored"
+
+
+def test_the_vision_tower_is_left_as_it_is(processor: Any):
+    model = build_model("student", processor.tokenizer)
+    freeze_vision(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "vision_model" not in name}
+    assert any("connector" in name for name in trained)
+    still = frozen(model)
+    assert not still.training
+    assert not any(p.requires_grad for p in still.parameters())
+
+
+# Pairs
+
+
+def test_a_pair_that_fits(models: Any):
+    check_pair(models.teacher, models.student)
+    check_pair(models.student, models.student)  # a teacher of the student's own size teaches by its mask alone
+
+
+def test_a_teacher_smaller_than_its_student(models: Any):
+    refusal(lambda: check_pair(models.student, models.teacher), r"\(\d{3},\d{3} weights\) is smaller than the student .*swap them")
+
+
+def test_size_is_counted_in_weights_and_not_in_bytes(models: Any, tmp_path: Path, processor: Any):
+    # A student in float32 takes more bytes than a slightly larger teacher in bfloat16.
+    student = tmp_path / "exact"
+    build_model("student", processor.tokenizer).to(torch.float32).save_pretrained(student)
+    processor.save_pretrained(student)
+    teacher = tmp_path / "teacher"
+    save_model(teacher, build_model("student", processor.tokenizer), processor)
+    assert (student / "model.safetensors").stat().st_size > (teacher / "model.safetensors").stat().st_size
+    check_pair(teacher, student)
+
+
+def test_damaged_weights_are_found_before_any_work(models: Any, folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refusal(lambda: check_pair(models.teacher, folder), r"model\.safetensors can't be read")
+
+
+def test_models_of_two_families(models: Any, folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "smolvlm"
+    (folder / "config.json").write_text(json.dumps(config))
+    refusal(lambda: check_pair(models.teacher, folder), "is a idefics3, .* a smolvlm; expected teacher and student of one family")
+
+
+def test_other_tokenizers_templates_and_image_settings(models: Any, processor: Any, tmp_path: Path):
+    def variant(name: str, change: Callable[[Any], None]) -> Path:
+        folder = Path(shutil.copytree(models.student, tmp_path / name))
+        other = copy.deepcopy(processor)
+        change(other)
+        other.save_pretrained(folder)
+        return folder
+
+    def more_words(other: Any) -> None:
+        other.tokenizer.add_tokens(["quux"])
+
+    def another_greeting(other: Any) -> None:
+        other.chat_template = other.chat_template.replace("Assistant:", "Bot:")
+
+    def another_mean(other: Any) -> None:
+        other.image_processor.image_mean = [0.4, 0.5, 0.5]
+
+    for change, message in ((more_words, "tokenizers"), (another_greeting, "chat templates"), (another_mean, "image processors")):
+        refusal(partial(check_pair, models.teacher, variant(change.__name__, change)), rf"the {message} of .* differ")

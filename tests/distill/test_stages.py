@@ -1,0 +1,440 @@
+"""Whole runs on two tiny random models and a few questions: what they leave, what they refuse, and what survives a failure."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from masters.distill import stages
+from masters.distill.judge import Verdict
+from masters.distill.recipe import PRESETS, Recipe, build_recipe
+from masters.distill.stages import distill
+from masters.errors import DataError, ImageError, MastersError, ModelError, RecipeError, RunError
+from masters.samples import read_samples
+
+
+@pytest.fixture
+def raw(models: Any, questions: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe's plain values: 12 questions, 2 mask stages, 4 updates."""
+    return {
+        "student": str(models.student),
+        "teachers": [{"model": str(models.teacher), "r_max": 0.2}],
+        "data": {"train": str(questions / "train.jsonl"), "validation": str(questions / "validation.jsonl"), "limit": 12},
+        "answers": {"batch": 8, "max_tokens": 3},
+        "mask": {"step": 0.2},
+        "train": {"dtype": "float32", "learning_rate": 1e-3, "questions_per_step": 3, "evaluate_batch": 8},
+        "out": str(tmp_path / "run"),
+    }
+
+
+def recipe_of(raw: dict[str, Any], **changes: Any) -> Recipe:
+    """The recipe with changes such as train__epochs=2."""
+    values = copy.deepcopy(raw)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = values
+        for name in parents:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return build_recipe(values)
+
+
+def rows_of(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def answers_of(out: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((out / "responses").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def one_line(error: pytest.ExceptionInfo[MastersError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+# What a run leaves
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[str, Any], models: Any, monkeypatch: pytest.MonkeyPatch):
+    # A random model is never right, and where all are wrong there is nothing to reinforce.
+    monkeypatch.setattr(stages, "judge", lambda sample, text: Verdict(float(len(text) % 2), "odd or even"))
+    recipe = recipe_of(raw, preset=preset)
+    out = distill(recipe)
+    assert out == recipe.out
+    found = {path.name for path in out.iterdir()} - {".lock"}
+    assert found == {"recipe.yaml", "plan.json", "mask-0.json", "responses", "metrics.jsonl", "checkpoints", "report.html", "student"}
+    samples = read_samples(recipe.data.train, 12)
+    expected = {"teacher": recipe.answers.teacher, "student": recipe.answers.student}
+    for source, count in expected.items():
+        given = [row for row in answers_of(out) if row["source"] == source]
+        assert sorted(row["sample"] for row in given) == sorted(s.id for s in samples for _ in range(count))
+    masked = {row["sample"]: row["ratio"] for row in answers_of(out) if row["source"] == "teacher"}
+    if masked:
+        ratios = {0.2: 6, 0.0: 6} if recipe.mask.enabled else {0.0: 12}
+        assert {ratio: list(masked.values()).count(ratio) for ratio in ratios} == ratios
+
+    steps = rows_of(out, "step")
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    assert [row["ratio"] for row in steps] == ([0.2, 0.2, 0.0, 0.0] if recipe.mask.enabled else [0.0] * 4)
+    assert all(row["questions"] == 3 and row["grad_norm"] > 0 for row in steps)
+    assert any(row["divergence"] > 0 for row in steps) == (preset not in ("sft", "grpo"))
+    assert all((row["loss_distill"] > 0) == (preset not in ("sft", "grpo")) for row in steps)
+    assert len(rows_of(out, "evaluation")) == (3 if recipe.mask.enabled else 2), "before training, and after every stage"
+
+    student = AutoModelForImageTextToText.from_pretrained(out / "student", dtype="auto")
+    assert student.dtype == torch.bfloat16
+    before = dict(AutoModelForImageTextToText.from_pretrained(models.student, dtype="auto").named_parameters())
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert any("text_model" in name for name in changed)
+    assert not any("vision_model" in name for name in changed)
+    ours, theirs = (AutoProcessor.from_pretrained(folder) for folder in (out / "student", models.student))
+    assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    assert ours.chat_template == theirs.chat_template
+    assert ours.image_processor.to_dict() == theirs.image_processor.to_dict()
+    assert json.loads((out / "student" / "masters_recipe.json").read_text())["preset"] == preset
+
+
+def test_the_run_folder_says_what_was_done(raw: dict[str, Any]):
+    out = distill(recipe_of(raw, preset="paper", answers={"batch": 8, "max_tokens": 3, "teacher": 1, "student": 1}))
+    written = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert written["objective"]["distillation_reward"] == "jsd_minmax"
+    assert written["train"]["learning_rate"] == 1e-3
+    assert len(written["fingerprints"]["student"]) == 64
+    plan = json.loads((out / "plan.json").read_text())
+    assert [(s["ratio"], s["questions"], s["steps"]) for s in plan["stages"]] == [(0.2, 6, 2), (0.0, 6, 2)]
+    assert (plan["steps"], plan["validation"]) == (4, 8)
+    masks = json.loads((out / "mask-0.json").read_text())
+    assert len(masks) == 4 * 7, "four blocks of seven linear layers"
+    for mask in masks:
+        assert "text_model.layers" in mask["name"]
+        assert 0.19 < mask["reached"]["0.2"] <= 0.2
+        assert mask["thresholds"]["0.2"] > mask["thresholds"]["0.0"] >= 0
+
+
+def test_the_masked_teacher_answers_and_teaches(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """The weights in use at each stage are zero where they should be, in generation and in training."""
+    seen: list[tuple[str, float, float]] = []
+
+    def note(what: str, teacher: Any) -> None:
+        weights = [t for name, t in teacher.model.named_parameters() if "text_model.layers" in name and t.ndim == 2]
+        seen.append((what, teacher.ratio, sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)))
+
+    original = stages._MaskedTeacher.set_ratio
+
+    def set_ratio(self: Any, ratio: float) -> None:
+        original(self, ratio)
+        note("set", self)
+
+    monkeypatch.setattr(stages._MaskedTeacher, "set_ratio", set_ratio)
+    distill(recipe_of(raw, teachers=[{**raw["teachers"][0], "r_max": 0.4}], preset="default"))
+    assert [ratio for _, ratio, _ in seen[:3]] == [0.4, 0.2, 0.0], "answers, stage by stage"
+    assert sorted({ratio for _, ratio, _ in seen[3:]}, reverse=True) == [0.4, 0.2, 0.0]
+    for _, ratio, zeros in seen:
+        assert zeros == pytest.approx(ratio, abs=0.01)
+
+
+def test_two_teachers_share_the_questions_and_the_student_answers_anew(raw: dict[str, Any], models: Any):
+    both = [{"model": str(models.student), "r_max": 0.2}, {"model": str(models.teacher), "r_max": 0.0}]
+    out = distill(recipe_of(raw, teachers=both, preset="default", train__learning_rate=5e-3))
+    teachers: dict[str, set[str]] = {"teacher": set(), "student": set()}
+    for row in answers_of(out):
+        if row["source"] == "teacher":
+            teachers[row["model"]].add(row["sample"])
+    assert [len(questions) for questions in teachers.values()] == [6, 6]
+    assert not teachers["teacher"] & teachers["student"]
+    assert [row["ratio"] for row in rows_of(out, "step")] == [0.2, 0.0, 0.0, 0.0]
+    assert {path.name for path in out.glob("mask-*.json")} == {"mask-0.json", "mask-1.json"}
+    # The same question to the untouched student: its answers differ, since the first teacher has changed it.
+    untouched = distill(recipe_of(raw, teachers=both[1:], preset="default", out=str(out.parent / "one")), until="answers")
+    ours, theirs = (
+        {row["sample"]: row["ids"] for row in answers_of(folder) if row["source"] == "student" and row["sample"] in teachers["teacher"]}
+        for folder in (out, untouched)
+    )
+    assert set(ours) == set(theirs)
+    assert ours != theirs
+
+
+def test_keeping_the_best_weights_instead_of_the_last(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    # Validation says that the first stage's student was the best.
+    reached = iter([0.1, 0.9, 0.5])
+    monkeypatch.setattr(stages, "scores", lambda samples, answers: [next(reached)] * len(samples))
+    out = distill(recipe_of(raw, preset="sft", mask={"enabled": True, "step": 0.2}, train__keep="best"))
+    assert [row["validation_accuracy"] for row in rows_of(out, "evaluation")] == pytest.approx([0.1, 0.9, 0.5])
+    student = AutoModelForImageTextToText.from_pretrained(out / "student", dtype="auto").state_dict()
+    best, last = torch.load(out / "checkpoints" / "best.pt"), torch.load(out / "checkpoints" / "last.pt")["student"]
+    assert all(torch.equal(student[name], tensor.to(torch.bfloat16)) for name, tensor in best.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
+
+
+# Stages one by one
+
+
+def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
+    whole = distill(recipe_of(raw, out=raw["out"] + "-whole"))
+    expected = {
+        "check": {"recipe.yaml", "plan.json"},
+        "mask": {"mask-0.json"},
+        "answers": {"responses"},
+        "train": {"metrics.jsonl", "checkpoints"},
+        "student": {"report.html", "student"},
+    }
+    found: set[str] = {".lock"}
+    for stage, new in expected.items():
+        out = distill(recipe_of(raw), until=stage)
+        assert {path.name for path in out.iterdir()} == found | new, stage
+        found |= new
+    assert (out / "student" / "model.safetensors").read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="check, mask, answers, train, student"):
+        distill(recipe_of(raw), until="export")
+
+
+def test_answers_made_ahead_do_not_come_from_a_student_of_another_time(raw: dict[str, Any], models: Any):
+    """The second teacher's questions are answered by the student that the first has trained, also where answers were asked for first."""
+    both = [{"model": str(models.student), "r_max": 0.0}, {"model": str(models.teacher), "r_max": 0.0}]
+    whole = distill(recipe_of(raw, teachers=both, out=raw["out"] + "-whole"))
+    distill(recipe_of(raw, teachers=both), until="answers")
+    parts = distill(recipe_of(raw, teachers=both))
+    assert answers_of(parts) == answers_of(whole)
+    assert (parts / "student" / "model.safetensors").read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
+
+
+def test_runs_can_share_their_answers(raw: dict[str, Any]):
+    shared = str(Path(raw["out"]).parent / "shared")
+    first = distill(recipe_of(raw, preset="paper", buffer=shared))
+    made = {path: path.stat().st_mtime_ns for path in Path(shared).iterdir()}
+    second = distill(recipe_of(raw, preset="default", buffer=shared, out=raw["out"] + "-second"))
+    assert {path: path.stat().st_mtime_ns for path in Path(shared).iterdir()} == made
+    assert not (first / "responses").exists()
+    assert (first / "student" / "model.safetensors").read_bytes() != (second / "student" / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"buffer of responses .*answers differ"):
+        distill(recipe_of(raw, buffer=shared, out=raw["out"] + "-third", answers={"batch": 8, "max_tokens": 4}))
+
+
+def test_several_teachers_share_answers_only_between_runs_that_train_alike(raw: dict[str, Any], models: Any):
+    both = [{"model": str(models.student), "r_max": 0.0}, {"model": str(models.teacher), "r_max": 0.0}]
+    shared = str(Path(raw["out"]).parent / "shared")
+    distill(recipe_of(raw, teachers=both, preset="paper", buffer=shared), until="answers")
+    with pytest.raises(RunError, match="objective"):
+        distill(recipe_of(raw, teachers=both, preset="default", buffer=shared, out=raw["out"] + "-second"), until="answers")
+
+
+# What a run refuses
+
+
+def test_another_recipe_on_the_same_folder_is_refused_and_named(raw: dict[str, Any]):
+    out = distill(recipe_of(raw), until="check")
+    before = (out / "recipe.yaml").read_bytes(), (out / "plan.json").read_bytes()
+    with pytest.raises(RunError, match=r"begun with another recipe \(objective, train differ\)") as caught:
+        distill(recipe_of(raw, train__learning_rate=2e-3, objective={"beta": 0.2}))
+    one_line(caught)
+    assert ((out / "recipe.yaml").read_bytes(), (out / "plan.json").read_bytes()) == before
+    distill(recipe_of(raw), until="check")
+
+
+def test_another_student_or_other_questions_under_the_same_name_are_refused(raw: dict[str, Any], models: Any, questions: Path, tmp_path: Path):
+    data, student = tmp_path / "data", tmp_path / "student"
+    shutil.copytree(questions, data)
+    shutil.copytree(models.student, student)
+    recipe = recipe_of(raw, student=str(student), data={"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl")})
+    distill(recipe, until="check")
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(RunError, match="fingerprints differ"):
+        distill(recipe, until="check")
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    distill(recipe, until="check")
+    shutil.copyfile(models.teacher / "generation_config.json", student / "generation_config.json")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"note": "changed"}))
+    with pytest.raises(RunError, match="fingerprints differ"):
+        distill(recipe, until="check")
+
+
+def test_a_recipe_that_was_refused_can_be_mended_and_run_in_the_same_folder(raw: dict[str, Any]):
+    with pytest.raises(ModelError, match="no model in"):
+        distill(recipe_of(raw, student="/nowhere/student"))
+    with pytest.raises(DataError, match="no file of questions"):
+        distill(recipe_of(raw, data__validation="/nowhere/validation.jsonl"))
+    assert not Path(raw["out"]).exists()
+    distill(recipe_of(raw), until="check")
+
+
+def test_a_second_process_is_refused(raw: dict[str, Any]):
+    out = Path(raw["out"])
+    out.mkdir()
+    holder = subprocess.Popen(["flock", "-x", str(out / ".lock"), "sh", "-c", "echo held; read x"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match="another process is working in") as caught:
+            distill(recipe_of(raw), until="check")
+        one_line(caught)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    finally:
+        holder.communicate(b"\n")
+    distill(recipe_of(raw), until="check")
+
+
+def test_the_lock_is_let_go_after_an_error(raw: dict[str, Any]):
+    distill(recipe_of(raw), until="check")
+    with pytest.raises(RunError, match="another recipe"):
+        distill(recipe_of(raw, seed=1))
+    with open(Path(raw["out"]) / ".lock") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_an_out_that_is_a_file_is_one_line(raw: dict[str, Any], tmp_path: Path):
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        with pytest.raises(MastersError, match="taken") as caught:
+            distill(recipe_of(raw, out=str(out)))
+        one_line(caught)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_too_few_questions_for_the_stages(raw: dict[str, Any]):
+    with pytest.raises(RecipeError, match=r"1 questions leave 1 for 2 mask stages"):
+        distill(recipe_of(raw, data__limit=1))
+
+
+def test_a_first_prompt_that_is_too_long_is_found_at_once(raw: dict[str, Any]):
+    with pytest.raises(DataError, match=r"takes \d+ tokens"):
+        distill(recipe_of(raw, longest=10))
+    assert not (Path(raw["out"]) / "recipe.yaml").exists()
+
+
+# What survives a failure
+
+
+def test_a_truncated_answers_file_is_named_and_made_again_once_removed(raw: dict[str, Any]):
+    out = distill(recipe_of(raw), until="answers")
+    answers = answers_of(out)
+    path = sorted((out / "responses").glob("teacher0*.parquet"))[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match=rf"{path.name} is damaged .*remove it") as caught:
+        distill(recipe_of(raw))
+    one_line(caught)
+    path.unlink()
+    distill(recipe_of(raw), until="answers")
+    assert answers_of(out) == answers
+
+
+def test_a_damaged_recipe_or_mask_file_is_one_line(raw: dict[str, Any]):
+    out = distill(recipe_of(raw), until="mask")
+    mask = (out / "mask-0.json").read_text()
+    (out / "mask-0.json").write_text(mask[:100])
+    with pytest.raises(DataError, match=r"mask-0\.json is not valid JSON") as caught:
+        distill(recipe_of(raw), until="mask")
+    one_line(caught)
+    (out / "mask-0.json").write_text(mask)
+    (out / "recipe.yaml").write_text("[")
+    with pytest.raises(RunError, match=r"recipe\.yaml is damaged") as caught_again:
+        distill(recipe_of(raw), until="mask")
+    assert len(str(caught_again.value)) < 500
+
+
+def test_a_loss_that_is_no_number_names_the_questions_and_keeps_the_last_checkpoint(raw: dict[str, Any], questions: Path):
+    recipe = recipe_of(raw, preset="sft", train__learning_rate=1e30, train__checkpoint_steps=1, train__clip=1e30)
+    with pytest.raises(RunError, match=r"(loss|norm) is (nan|inf|-inf) at step \d \(questions train-\d+, ") as caught:
+        distill(recipe)
+    message = one_line(caught)
+    step = int(message.split("at step ")[1].split()[0])
+    state = torch.load(recipe.out / "checkpoints" / "last.pt")
+    assert state["step"] == step > 0
+    named = message.split("(questions ")[1].split(")")[0].split(", ")
+    assert set(named) <= {sample.id for sample in read_samples(questions / "train.jsonl")}
+    assert len(named) == 3
+    assert [row["step"] for row in rows_of(recipe.out, "step")] == list(range(step))
+    assert not (recipe.out / "student").exists()
+
+
+def test_a_truncated_image_is_one_line_and_finished_answers_stay(raw: dict[str, Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = tmp_path / "data"
+    shutil.copytree(questions, data)
+    recipe = recipe_of(raw, data={"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "limit": 12})
+    monkeypatch.setattr(stages, "QUESTIONS_PER_FILE", 3)
+    last = stages.plan_shares(recipe, read_samples(recipe.data.train, 12))[0].samples[11]
+    image = last.images[0]
+    assert isinstance(image, Path)
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ImageError, match=image.name) as caught:
+        distill(recipe)
+    one_line(caught)
+    kept = {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}
+    assert len(kept) == 3
+    image.write_bytes(whole)
+    distill(recipe, until="answers")
+    assert kept.items() < {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}.items()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_during_answers_keeps_what_was_finished(raw: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages, "QUESTIONS_PER_FILE", 1)
+    recipe = recipe_of(raw, out=str(small_disk / "run"))
+    with pytest.raises(MastersError, match=r"could not write .*\.parquet: .*No space left on device") as caught:
+        distill(recipe)
+    one_line(caught)
+    files = sorted((recipe.out / "responses").glob("*.parquet"))
+    assert 0 < len(files) < 24
+    for path in files:
+        assert pq.read_table(path).num_rows == 4
+    assert not list(recipe.out.rglob(".*.part*")), "nothing half-written stays, so that the space is free again"
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    kept = {path.name: path.stat().st_ino for path in files}
+    distill(recipe, until="answers")
+    after = {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}
+    assert len(after) == 24
+    assert kept.items() <= after.items()
+
+
+def test_a_full_disk_during_training_is_one_line(raw: dict[str, Any], small_disk: Path):
+    shared = str(small_disk.parent / "shared")
+    with pytest.raises(MastersError, match=r"could not write .*\.pt: ") as caught:
+        distill(recipe_of(raw, out=str(small_disk / "run"), buffer=shared))
+    one_line(caught)
+    assert not list((small_disk / "run").rglob("*.part*"))
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_student(raw: dict[str, Any], small_disk: Path):
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    recipe = recipe_of(raw, preset="sft", out=str(small_disk / "run"))
+    distill(recipe, until="train")
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    filler.write_bytes(bytes(free.f_bavail * free.f_bsize - (200 << 10)))  # room for a report, not for weights
+    with pytest.raises(MastersError, match=r"could not write .*student: .*") as caught:
+        distill(recipe)
+    one_line(caught)
+    assert not (recipe.out / "student").exists()
+    assert not list(recipe.out.rglob("*.part*"))
+    filler.unlink()
+    assert (distill(recipe) / "student" / "model.safetensors").exists()
