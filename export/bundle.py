@@ -66,11 +66,10 @@ def open_bundle(folder: Path) -> Vlm:
 def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> Manifest:
     """Everything but the proof; the manifest lists no files yet."""
     target = load_target(config.target)
+    parts = target.write_parts(source.model, source.processor, folder, precision)
     if config.target == "onnx":
-        parts = target.write_parts(source.model, source.processor, folder, precision)
         config_json = target.model_config(read_json(source.folder / "config.json"), folder, precision)
     else:
-        parts = target.write_parts(source.model, source.processor, folder, str(precision))
         config_json = read_json(source.folder / "config.json")
     write_json(folder / "config.json", config_json)
     _write_processor(source, folder)
