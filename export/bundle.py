@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from optimum.utils import NormalizedConfigManager
+
 from .. import manifest as manifests
 from ..errors import MastersError, ParityError
 from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_json, write_text
@@ -102,14 +104,7 @@ def _manifest(source: Source, name: str, target: ModuleType, parts: dict[str, Pa
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         source=checkpoint | ({"recipe": sha256_file(recipe)} if recipe.is_file() else {}),
         parts=parts,
-        decoder=Decoder(
-            layers=text.num_hidden_layers,
-            kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            hidden_size=text.hidden_size,
-            vocab_size=text.vocab_size,
-            context=min(text.max_position_embeddings, target.MOST_CONTEXT),
-        ),
+        decoder=_geometry(text, target.MOST_CONTEXT),
         preprocessing=source.preprocessing,
         generation={
             "eos_token_ids": sorted(source.end_tokens()),
@@ -118,6 +113,19 @@ def _manifest(source: Source, name: str, target: ModuleType, parts: dict[str, Pa
             **getattr(target, "GENERATION", {}),
         },
         files={},
+    )
+
+
+def _geometry(text: Any, most_context: int) -> Decoder:
+    """The decoder's sizes, whatever its configuration calls them: optimum knows each text model's names."""
+    sizes = NormalizedConfigManager.get_normalized_config_class(text.model_type)(text)
+    return Decoder(
+        layers=sizes.num_layers,
+        kv_heads=sizes.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
+        context=min(text.max_position_embeddings, most_context),
     )
 
 

@@ -225,6 +225,19 @@ def wrong_tokens(run: CoreMLParts, model: Any, prompt: np.ndarray, steps: int) -
     return wrong
 
 
+def test_several_key_heads_give_pytorchs_logits(teacher: Any, processor: Any, tmp_path: Path) -> None:
+    """With more than one key head the exporter asks how the cache lies in memory, and once refused every length for it."""
+    assert teacher.config.text_config.num_key_value_heads > 1
+    run = CoreMLParts(None, None, _open_decoder(teacher, processor, tmp_path), CONTEXT)
+    prompt = np.random.default_rng(0).normal(0, 0.3, (PROMPT, teacher.config.text_config.hidden_size)).astype(np.float32)
+    assert psnr(logits_of(teacher, prompt)[-1], run.decode(prompt, run.new_cache(CONTEXT))) > 40
+
+
+def _open_decoder(model: Any, processor: Any, folder: Path) -> Any:
+    write_parts(model, processor, folder, "fp16", CONTEXT)
+    return load_program(folder / "decoder.mlpackage")
+
+
 def test_smaller_precisions_are_smaller(bundles: dict[str, Bundle]) -> None:
     sizes = {word: bundle.bytes() for word, bundle in bundles.items()}
     assert sizes["int8"] < 0.62 * sizes["fp16"]
