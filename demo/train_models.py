@@ -1,4 +1,4 @@
-"""Train the two models that the demo ships: `python -m masters.demo.train_models OUT [--steps teacher=900 --steps student=450]`.
+"""Train the two models that the demo ships: `python -m masters.demo.train_models OUT [--steps teacher=1600 --steps student=1000]`.
 
 First the vision tower and the projector learn to name what an image shows, through a linear probe on all image tokens, as real towers are
 trained before they meet a language model; without it, 9,600 single digits taught a student nothing. Then the whole model learns to
@@ -40,7 +40,7 @@ from ..scoring import score
 from .data import COLOURS, COUNT, LONGEST, READ, SHAPES, DemoSizes, build_data, draw_digits, pictures, questions_about_one_picture
 from .models import IMAGE_TOKENS, build_model, build_processor, build_tokenizer, save_model
 
-STEPS = {"teacher": 900, "student": 450}
+STEPS = {"teacher": 1600, "student": 1000}
 TOWER_STEPS = {"teacher": 800, "student": 700}
 RATES = {"teacher": 2e-3, "student": 3e-3}
 WARM_UP = 100  # steps
