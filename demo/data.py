@@ -180,7 +180,7 @@ def _shown(questions: list[tuple[str, str]], words: tuple[str, ...]) -> str:
 
 
 def digit_samples(split: str, count: int, rng: random.Random, folder: Path) -> list[Sample]:
-    """`count` questions about strings of handwritten digits, four in five to be read and one to be counted, drawn below `folder`."""
+    """`count` questions about strings of handwritten digits, three in five to be read, the others to be counted, drawn below `folder`."""
     drawn = folder / "drawn"
     drawn.mkdir(parents=True, exist_ok=True)
     samples = []
@@ -195,7 +195,7 @@ def digit_samples(split: str, count: int, rng: random.Random, folder: Path) -> l
 def digit_question(split: str, length: int, rng: random.Random) -> tuple[Image.Image, str, str]:
     """A picture of `length` digits, a question about it, and the answer."""
     image, text = draw_digits(split, length, rng)
-    return (image, READ, text) if rng.random() < 0.8 else (image, COUNT, str(length))
+    return (image, READ, text) if rng.random() < 0.6 else (image, COUNT, str(length))
 
 
 def draw_digits(split: str, length: int, rng: random.Random) -> tuple[Image.Image, str]:
