@@ -40,6 +40,24 @@ def test_greedy_answers_are_transformers_token_for_token(tiny: Any, encoder: Enc
     assert len({answer.ids for [answer] in found}) > 1, "answers differ, so that a mix-up of rows would show"
 
 
+def test_the_penalty_does_not_see_the_padding(tiny: Any, encoder: Encoder, asked: list[Sample], processor: Any):
+    """Where the pad token is one that a model wants to say, as the end token of many models is."""
+    sampling = dataclasses.replace(GREEDY, max_tokens=4, repetition_penalty=1.5)
+    shortest = min(asked, key=lambda sample: len(encoder.prompt(sample).ids))
+    expected = generate(tiny, encoder, collate_pixels, [shortest], 1, sampling)
+    padding = Encoder(processor)
+    padding.pad = expected[0][0].ids[0]
+    assert padding.pad not in encoder.prompt(shortest).ids
+    together = generate(tiny, padding, collate_pixels, asked, 1, sampling)
+    assert together[asked.index(shortest)] == expected[0]
+
+
+def test_questions_with_the_same_prompt_draw_differently(tiny: Any, encoder: Encoder, asked: list[Sample]):
+    twins = [dataclasses.replace(asked[0], id=name) for name in ("one", "two")]
+    one, two = generate(tiny, encoder, collate_pixels, twins, 4, Sampling(max_tokens=6))
+    assert {answer.ids for answer in one}.isdisjoint({answer.ids for answer in two})
+
+
 def test_an_answer_does_not_depend_on_its_batch(tiny: Any, encoder: Encoder, asked: list[Sample]):
     sampling = Sampling(max_tokens=6)
     together = dict(zip([s.id for s in asked], generate(tiny, encoder, collate_pixels, asked, 3, sampling, seed=5, key="teacher/0.2"), strict=True))
