@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from ..bootstrap import mean_interval, paired_difference
 from ..runtime.device import this_device
+
+NOTE = "Accuracy: mean score with its 95% bootstrap interval over n questions. Core ML is run by an interpreter here, so its speed is not measured."
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def row(name: str, folder: Path, scores: Scores) -> tuple[str, ...]:
         f"{scores.parameters / 1e6:.2f} M",
         f"{size / 1e6:.2f}",
         *(f"{mean_interval(values)} n={len(values)}" for values in (scores.test, scores.ood)),
-        *("on a device" if value is None else f"{value:.1f}" for value in (scores.first_token_ms, scores.per_token_ms)),
+        *("–" if value is None else f"{value:.1f}" for value in (scores.first_token_ms, scores.per_token_ms)),
     )
 
 
@@ -65,5 +66,4 @@ def _sentence(a: str, b: str, test: Mapping[str, Sequence[float]]) -> str:
 
 def summary(table: str, sentences: Sequence[str], threads: int) -> str:
     """What the demo prints at its end."""
-    machine = f"{this_device()}; Python {platform.python_version()}, {threads} threads. Accuracy: mean score and 95% bootstrap interval."
-    return "\n".join([table, "", *sentences, "", machine])
+    return "\n".join([table, "", *sentences, "", f"{this_device()}; {threads} threads.", NOTE])
