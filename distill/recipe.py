@@ -129,7 +129,10 @@ _BARE = {"accuracy_reward": False, "distillation_reward": "none", "beta": 0.0}
 # 'paper' is arXiv 2512.22238 to the letter, which is what the dataclasses default to; the others are named for what they do.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "default": {"objective": {"distillation_reward": "teacher_logprob", "kl": "full"}},
+    # Forward KL teaches what the student lacks; likelihood ranks answers where the JSD can't; nothing is pushed down without a bound.
+    "default": {
+        "objective": {"divergence": "forward_kl", "distillation_reward": "teacher_logprob", "reward_wrong": False, "advantages": "positive", "kl": "full"}
+    },
     "sft": {"answers": {"teacher": 0, "student": 0, "truth": 1}, "mask": {"enabled": False}, "objective": {**_BARE, "distill": 0.0, "policy": 0.0, "nll": 1.0}},
     "kd": {"answers": {"student": 0}, "mask": {"enabled": False}, "objective": {**_BARE, "policy": 0.0}},
     "grpo": {"answers": {"teacher": 0, "student": 8}, "mask": {"enabled": False}, "objective": {"distill": 0.0, "distillation_reward": "none"}},
