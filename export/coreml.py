@@ -154,7 +154,7 @@ def _exported(package: Package, context: int) -> Any:
         examples.append(torch.zeros(shape, dtype=torch.int32 if tensor.dtype == "int32" else torch.float32))
         dynamic.append({axis: axes[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)})
     # The exporter asks how slices of the cache lie in memory, which depends on both lengths but changes no value: such questions become assertions.
-    options = dict(dynamic_shapes=tuple(dynamic), strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    options: dict[str, Any] = dict(dynamic_shapes=tuple(dynamic), strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     exported = torch.export.export(package.module, tuple(examples), **options).run_decompositions({})
     for node in reversed(exported.graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:  # Core ML has no assertions

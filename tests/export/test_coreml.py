@@ -302,13 +302,13 @@ def operations_of(package: Path) -> Iterator[Any]:
     yield from program.functions["main"].operations
 
 
-def test_decoder_has_the_interface_of_apples_convention(fp16: Bundle) -> None:
-    spec = spec_of(fp16.folder / "decoder.mlpackage")
+def test_decoder_has_the_interface_of_apples_convention(fp16: Bundle, model: Any) -> None:
+    spec, hidden = spec_of(fp16.folder / "decoder.mlpackage"), model.config.text_config.hidden_size
     description, half = spec.description, import_coremltools().proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT16
     assert spec.specificationVersion == 9  # iOS 18, the first with states
     assert {i.name: i.type.multiArrayType.dataType for i in description.input} == {"inputsEmbeds": half, "causalMask": half}
     sizes = [[(r.lowerBound, r.upperBound) for r in i.type.multiArrayType.shapeRange.sizeRanges] for i in description.input]
-    assert sizes == [[(1, 1), (1, CONTEXT), (64, 64)], [(1, 1), (1, 1), (1, CONTEXT), (1, CONTEXT)]]
+    assert sizes == [[(1, 1), (1, CONTEXT), (hidden, hidden)], [(1, 1), (1, 1), (1, CONTEXT), (1, CONTEXT)]]
     assert {s.name: list(s.type.stateType.arrayType.shape) for s in description.state} == {key: [3, 1, CONTEXT, 32] for key in ("keyCache", "valueCache")}
     assert [o.name for o in description.output] == ["logits"]
     assert description.metadata.userDefined[EXPORTER] == "model"  # the folder's name, not its path

@@ -50,7 +50,7 @@ def test_features_equal_pytorch(
     with torch.no_grad():
         theirs = lively_source.family.image_features(lively_source.model, {"pixel_values": pixels, "pixel_attention_mask": mask}).numpy()
     (ours,) = session.run(["image_features"], {"pixel_values": pixels.numpy(), "pixel_attention_mask": mask.numpy()})
-    assert ours.shape == (batch * tiles - len(padding), 16, 64)
+    assert ours.shape == (batch * tiles - len(padding), 16, lively_source.model.config.text_config.hidden_size)
     assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-5 * abs(theirs).max())
 
 

@@ -129,6 +129,8 @@ def test_half_overflows_as_float16_does(tmp_path: Path) -> None:
 class Counter(nn.Module):
     """Adds its input to a state and gives the state."""
 
+    total: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(4))
