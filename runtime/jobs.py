@@ -107,6 +107,10 @@ class Jobs:
     def waiting(self) -> int:
         return self.held - len(self._running)
 
+    @property
+    def started(self) -> int:
+        return len(self._waiting) + len(self._running)
+
     def enter(self) -> None:
         """Take a place, before a request's body is read: the bound holds for memory too. Raises RequestError if there is none."""
         with self._lock:

@@ -130,10 +130,12 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self.deadline is not None:
-            if not self.jobs.held:
-                self.should_exit = True
-            elif time.monotonic() > self.deadline:
+            late = time.monotonic() > self.deadline
+            if late:
                 self.jobs.cancel_all(RequestError("the server stopped before this answer was finished; ask again", status=503, code="shutting_down"))
+            # A request that is still being read holds a place and has no job.
+            if not (self.jobs.started if late else self.jobs.held):
+                self.should_exit = True
         return await super().on_tick(counter)
 
 
