@@ -32,7 +32,7 @@ def measure_latency(model: Any, encoder: Encoder, samples: Sequence[Sample], max
     first, later = [], []
     # The first question warms up.
     for number, sample in enumerate((samples[0], *samples)):
-        fresh = Encoder(encoder.processor)
+        fresh = Encoder(encoder.processor, encoder.longest, positions=encoder.positions)
         started = time.perf_counter()
         generate(model, fresh, family.collate_pixels, [sample], 1, dataclasses.replace(GREEDY, max_tokens=1))
         middle = time.perf_counter()

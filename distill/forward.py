@@ -29,8 +29,8 @@ class PackedBatch:
     """B questions in the form that one forward takes, L tokens at the longest, N response tokens in all."""
 
     ids: Tensor  # int64 [B, L]: prompt, then every response without its last token
-    positions: Tensor  # int64 [B, L]
-    mask: Tensor  # bool [B, 1, L, L]: what each token may look at
+    positions: Tensor  # int64 [B, L] or, in A axes, [A, B, L]
+    mask: Tensor  # bool [B, 1, L, L]: what each token may look at; [B, L], where tokens stand, if no prompt is shared
     pixels: Pixels
     gather: Tensor  # int64 [N]: where, in the flattened [B*L], the state that predicts each response token stands
     tokens: Tensor  # int64 [N]: the response tokens
@@ -38,12 +38,17 @@ class PackedBatch:
     count: int  # responses in the batch
 
 
-def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels) -> PackedBatch:
-    """Lay out a batch: padded on the right, positions continuing the prompt's end in every response."""
+def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, shared: bool = True) -> PackedBatch:
+    """Lay out a batch: padded on the right, positions continuing the prompt's end in every response.
+
+    Without `shared` every response gets a row and a prompt of its own, for models whose layers can't be told by a mask what to see.
+    """
+    if not shared:
+        groups = [Group(group.prompt, (response,)) for group in groups for response in group.responses]
     laid = [_lay_out(group) for group in groups]
     length = max(len(row.ids) for row in laid)
     ids = torch.full((len(laid), length), pad)
-    positions = torch.zeros_like(ids)
+    positions = torch.zeros((*laid[0].positions.shape[:-1], *ids.shape), dtype=torch.long)
     segments = torch.full_like(ids, -1)
     gather: list[Tensor] = []
     tokens: list[int] = []
@@ -51,14 +56,15 @@ def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels) -> Pa
     count = 0
     for b, (row, group) in enumerate(zip(laid, groups, strict=True)):
         size = len(row.ids)
-        ids[b, :size], positions[b, :size], segments[b, :size] = row.ids, row.positions, row.segments
+        ids[b, :size], positions[..., b, :size], segments[b, :size] = row.ids, row.positions, row.segments
         gather.append(row.gather + b * length)
         for response in group.responses:
             tokens += response
             rows += [count] * len(response)
             count += 1
     pixels = collate_pixels([group.prompt.pixels for group in groups])
-    return PackedBatch(ids, positions, block_mask(segments), pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count)
+    mask = block_mask(segments) if shared else segments >= 0
+    return PackedBatch(ids, positions, mask, pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count)
 
 
 def block_mask(segments: Tensor) -> Tensor:
@@ -84,6 +90,20 @@ def response_states(model: Any, batch: PackedBatch) -> Tensor:
     return out.last_hidden_state.flatten(0, 1)[batch.gather]
 
 
+@torch.no_grad()
+def packing_error(model: Any, prompt: Prompt, collate_pixels: CollatePixels, shared: bool = True) -> float:
+    """How far, relative to their size, two packed responses' states are from those of the model's own forward of each."""
+    responses = tuple(tuple(prompt.ids[-n:].tolist()) for n in (3, 5))  # any text does
+    found = response_states(model, move(pack([Group(prompt, responses)], 0, collate_pixels, shared), model.device))
+    expected = []
+    for response in responses:
+        ids = torch.cat([prompt.ids, torch.tensor(response)])[None].to(model.device)
+        out = model.model(input_ids=ids, use_cache=False, **to_device(prompt.pixels, model.device, model.dtype))
+        expected.append(out.last_hidden_state[0, len(prompt.ids) - 1 : -1])
+    wanted = torch.cat(expected)
+    return float((found - wanted).norm() / wanted.norm())
+
+
 def move(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch with its tensors on `device`."""
     pixels = {name: t.to(device) for name, t in batch.pixels.items()}
@@ -102,13 +122,15 @@ class _Row:
 def _lay_out(group: Group) -> _Row:
     """One question's ids, positions and segments, and where each response token is predicted: the first one at the prompt's end."""
     prompt = len(group.prompt.ids)
-    ids, positions, segments, gather, start = [group.prompt.ids], [torch.arange(prompt)], [torch.zeros(prompt, dtype=torch.long)], [], prompt
+    ids, segments, gather, start = [group.prompt.ids], [torch.zeros(prompt, dtype=torch.long)], [], prompt
+    positions = [group.prompt.places]
+    end = int(positions[0].max()) + 1  # an image may take fewer positions than tokens
     for number, response in enumerate(group.responses, start=1):
         # The last token predicts nothing, so it is not read.
         read = len(response) - 1
         ids.append(torch.tensor(response[:-1], dtype=torch.long))
-        positions.append(torch.arange(prompt, prompt + read))
+        positions.append(torch.arange(end, end + read).expand(*positions[0].shape[:-1], -1))
         segments.append(torch.full((read,), number))
         gather.append(torch.cat([torch.tensor([prompt - 1]), torch.arange(start, start + read)]))
         start += read
-    return _Row(torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(gather))
+    return _Row(torch.cat(ids), torch.cat(positions, dim=-1), torch.cat(segments), torch.cat(gather))

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..samples import Sample
-from .inputs import CollatePixels, Encoder, pad_left, to_device
+from .inputs import CollatePixels, Encoder, pad_left, pad_places, to_device
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,26 @@ def generate(
     model.eval()
     prompts = [encoder.prompt(sample) for sample in samples]
     ids, mask = pad_left([prompt.ids for prompt in prompts], encoder.pad)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask, places = ids.to(model.device), mask.to(model.device), pad_places(prompts).to(model.device)
     pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1, **pixels)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1, **pixels)
     cache = out.past_key_values
     cache.batch_repeat_interleave(count)
     # What the repetition penalty has seen: padding must not be penalised, since a pad token may be the end token.
     seen = torch.where(mask.bool(), ids, ids[:, -1:]).repeat_interleave(count, dim=0)
     draws = torch.from_numpy(np.stack([_uniforms(f"{seed}/{key}/{sample.id}/{j}", sampling.max_tokens) for sample in samples for j in range(count)]))
-    draws, warpers = draws.to(model.device), sampling.warpers(encoder.image_tokens)
+    # Neither an image token nor a row past the vocabulary, which the partner may lack, can be an answer's.
+    forbidden = [*encoder.image_tokens, *range(encoder.vocabulary, out.logits.shape[-1])]
+    draws, warpers = draws.to(model.device), sampling.warpers(forbidden)
+    # Answers count on from the prompt's end, in all axes alike.
+    end = places.reshape(-1, *ids.shape).amax((0, 2)).repeat_interleave(count) + 1
 
     def pick(logits: Tensor, seen: Tensor, place: int) -> Tensor:
         scores = warpers(seen, logits.float())
         return scores.argmax(-1) if sampling.greedy else draw(scores, draws[:, place])
 
-    def step(token: Tensor, mask: Tensor) -> Tensor:
-        positions = _positions(mask)[:, -1:]
+    def step(token: Tensor, mask: Tensor, place: int) -> Tensor:
+        positions = (end + place)[:, None].expand(*places.shape[:-2], -1, -1)
         return model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
 
     logits, mask = out.logits[:, -1].repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
@@ -108,7 +112,7 @@ def generate(
 
 
 def _decode(
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Callable[[Tensor, Tensor, int], Tensor],
     pick: Callable[[Tensor, Tensor, int], Tensor],
     logits: Tensor,
     seen: Tensor,
@@ -126,7 +130,7 @@ def _decode(
             break
         seen = torch.cat([seen, token[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = step(token[:, None], mask)
+        logits = step(token[:, None], mask, place)
     return torch.stack(tokens, dim=1)
 
 
@@ -135,10 +139,6 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     cumulative = scores.double().softmax(-1).cumsum(-1)
     index = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)
     return index.clamp(max=scores.shape[-1] - 1)[:, 0]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _uniforms(key: str, count: int) -> np.ndarray:

@@ -18,6 +18,8 @@ from ..images import open_image
 from ..samples import Sample
 
 Pixels = dict[str, Tensor]
+CollatePixels = Callable[[Sequence[Pixels]], Pixels]
+Positions = Callable[[Tensor, Pixels, Any], Tensor]  # of ids, image tensors and the processor
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,32 @@ class Prompt:
 
     ids: Tensor
     pixels: Pixels
+    positions: Tensor | None = None  # int64 [P] or, in A axes, [A, P]; None: 0, 1, 2 …
+
+    @property
+    def places(self) -> Tensor:
+        """The rotary position of every token, [P] or [A, P]."""
+        return torch.arange(len(self.ids)) if self.positions is None else self.positions
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.ids, *self.pixels.values()))
+        return sum(t.numel() * t.element_size() for t in (self.ids, self.places, *self.pixels.values()))
 
 
 class Encoder:
-    """Encodes samples with a Hugging Face processor, remembering the latest prompts up to `cache_bytes`."""
+    """Encodes samples with a Hugging Face processor, remembering the latest prompts up to `cache_bytes`.
 
-    def __init__(self, processor: Any, longest: int = 4096, cache_bytes: int = 1 << 30) -> None:
+    `positions` is a family's rule for the rotary positions of a prompt; without it they are 0, 1, 2 …
+    """
+
+    def __init__(self, processor: Any, longest: int = 4096, cache_bytes: int = 1 << 30, positions: Positions | None = None) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.longest = longest
+        self.longest, self.positions = longest, positions
         self.eos = int(self.tokenizer.eos_token_id)
         self.pad = int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos)
+        # Rows of a head past the vocabulary are padding, of which two models of one family may have different numbers.
+        self.vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         # An answer must not hold them: a model would look for an image behind each.
         self.image_tokens = [int(i) for i in (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")) if i is not None]
         self._before_answer = self._text_before_answer()
@@ -64,12 +77,14 @@ class Encoder:
         """The prompt of `sample`, encoded anew. Raises DataError if it is longer than `longest` tokens: it is never cut, least of all inside an image."""
         text = self.processor.apply_chat_template(self.turns(sample), add_generation_prompt=True)
         images = [open_image(image) for image in sample.images]
-        encoded = self.processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
+        # Nested: a flat list would be as many questions of one image to some processors.
+        encoded = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=False)
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         if len(ids) > self.longest:
             raise DataError(f"question '{sample.id}' takes {len(ids)} tokens with its images; at most {self.longest} are read, raise inputs.longest or skip it")
-        return Prompt(ids, dict(encoded))
+        pixels = dict(encoded)
+        return Prompt(ids, pixels, self.positions(ids, pixels, self.processor) if self.positions else None)
 
     def answer(self, text: str) -> list[int]:
         """The ids with which a model answers `text`, its end token included."""
@@ -107,9 +122,15 @@ def pad_left(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def pad_places(prompts: Sequence[Prompt]) -> Tensor:
+    """The rotary positions of several prompts, [B, S] or [A, B, S], padded with 0 on the left."""
+    rows = [prompt.places for prompt in prompts]
+    places = torch.zeros((*rows[0].shape[:-1], len(rows), max(row.shape[-1] for row in rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        places[..., i, places.shape[-1] - row.shape[-1] :] = row
+    return places
+
+
 def to_device(pixels: Pixels, device: torch.device, dtype: torch.dtype) -> Pixels:
     """Image tensors on `device`, floating ones in `dtype`; masks and grids keep their integer type."""
     return {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in pixels.items()}
-
-
-CollatePixels = Callable[[Sequence[Pixels]], Pixels]

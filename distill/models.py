@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
-from ..errors import ModelError
+from ..errors import MastersError, ModelError
 from ..files import read_json
-from .families import family_of
+from .families import SUPPORTED, check_config, family_of
+from .forward import packing_error
+from .inputs import CollatePixels, Prompt
+
+PACKING_TOLERANCE = 1e-3  # of states in float32, relative
 
 
 def read_config(folder: Path) -> Any:
@@ -23,7 +31,7 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}/config.json can't be read ({_first_line(error)}); expected the configuration of a Hugging Face model") from None
-    family_of(config.model_type)
+    check_config(config)
     return config
 
 
@@ -59,7 +67,7 @@ def count_weights(folder: Path) -> int:
 def load_processor(folder: Path) -> Any:
     """The processor in `folder`. Raises ModelError, naming torchvision, where its family's processor can't be built without it."""
     try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = _processor(folder)
     except ImportError as error:
         raise ModelError(f"the processor in {folder} needs a package that is missing ({_first_line(error)}); install it, often torchvision") from None
     except (ValueError, OSError, KeyError) as error:
@@ -67,6 +75,22 @@ def load_processor(folder: Path) -> Any:
     if not hasattr(processor, "image_processor") or not getattr(processor, "chat_template", None):
         raise ModelError(f"the processor in {folder} has no image processor or no chat template; expected those of a vision-language chat model")
     return processor
+
+
+def _processor(folder: Path) -> Any:
+    """The whole processor or, without torchvision, the one for images and text: only a processor's part for videos needs it."""
+    name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    kind: Any = getattr(transformers, name or "", None)
+    video = inspect.signature(kind).parameters.get("video_processor") if kind else None
+    if not is_torchvision_available() and video is not None and video.default is None:
+        return without_videos(kind).from_pretrained(folder, local_files_only=True)
+    return AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def without_videos(kind: Any) -> Any:
+    """A processor class that takes and saves all its parts but the one for videos."""
+    kept = [part for part in kind.get_attributes() if part != "video_processor"]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: kept), "__module__": kind.__module__})
 
 
 def check_pair(teacher: Path, student: Path) -> None:
@@ -82,6 +106,12 @@ def check_pair(teacher: Path, student: Path) -> None:
     left, right = load_processor(student), load_processor(teacher)
     if left.tokenizer.get_vocab() != right.tokenizer.get_vocab():
         raise ModelError(f"the tokenizers of {teacher} and {student} differ; expected one vocabulary, since the loss compares the models token by token")
+    size = 1 + max(left.tokenizer.get_vocab().values())
+    for folder, config in ((teacher, theirs), (student, ours)):
+        if config.get_text_config().vocab_size < size:
+            raise ModelError(
+                f"{folder} has {config.get_text_config().vocab_size:,} ids for a vocabulary of {size:,}; expected at least as many as its tokenizer"
+            )
     if left.chat_template != right.chat_template:
         raise ModelError(f"the chat templates of {teacher} and {student} differ; expected the same, or the teacher would see another prompt")
     if _image_settings(left) != _image_settings(right):
@@ -95,10 +125,25 @@ def exact_dtype(folder: Path, wanted: torch.dtype) -> torch.dtype:
 
 
 def freeze_vision(model: Any) -> None:
-    """Leave the language model and the projector to train; the vision tower keeps its weights."""
-    prefixes = family_of(model.config.model_type).VISION
+    """Leave the language model and the projector to train, wherever that stands; the vision tower keeps its weights."""
+    family = family_of(model.config.model_type)
+    tower = [name for name, _ in model.named_parameters() if any(part in name for part in family.VISION) and not any(part in name for part in family.PROJECTOR)]
+    if not tower:
+        raise ModelError(f"no weight is named after {' or '.join(family.VISION)}; expected the vision tower there, or set train.freeze_vision=false")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in prefixes))
+        parameter.requires_grad_(name not in tower)
+
+
+def check_rules(model: Any, prompt: Prompt, collate_pixels: CollatePixels, shared: bool) -> None:
+    """Raise ModelError unless responses packed behind `prompt` get the states of the model's own forward: other models than the known ones may not."""
+    try:
+        apart = packing_error(model, prompt, collate_pixels, shared)
+    except MastersError:
+        raise
+    except Exception as error:  # whatever an unknown model makes of inputs that it does not expect
+        raise ModelError(f"a {model.config.model_type} can't read packed responses ({_first_line(error)}); expected one of {', '.join(SUPPORTED)}") from None
+    if not apart < PACKING_TOLERANCE:
+        raise ModelError(f"packed responses of a {model.config.model_type} are {apart:.1%} off its own forward; expected one of {', '.join(SUPPORTED)}")
 
 
 def frozen(model: Any) -> Any:

@@ -28,7 +28,7 @@ from ..progress import bar, say
 from ..samples import Sample, read_samples
 from . import models
 from .evaluate import greedy_answers, scores
-from .families import family_of
+from .families import SUPPORTED, family_of, shares_prompts
 from .generate import batches_by_length, generate
 from .inputs import Encoder
 from .judge import NAME as JUDGE
@@ -41,6 +41,7 @@ from .schedule import mask_ratios, stage_bounds
 from .train import MetricsLog, Step, Trainer, plan_steps
 
 STAGES = ("check", "mask", "answers", "train", "student")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUESTIONS_PER_FILE = 1024  # a killed run generates at most this many questions' answers again
 
 
@@ -90,13 +91,19 @@ class _Run:
         self.shares = plan_shares(recipe, read_samples(recipe.data.train, recipe.data.limit))
         for teacher in recipe.teachers:
             models.check_pair(teacher.model, recipe.student)
-        self.encoder = Encoder(models.load_processor(recipe.student), recipe.longest)
-        self.family = family_of(models.read_config(recipe.student).model_type)
+        configs = [models.read_config(folder) for folder in (recipe.student, *(teacher.model for teacher in recipe.teachers))]
+        self.family = family_of(configs[0].model_type)
+        self.encoder = Encoder(models.load_processor(recipe.student), recipe.longest, positions=self.family.positions)
+        self.shared = all(map(shares_prompts, configs))
+        if not self.shared:
+            say(f"{configs[0].model_type} has recurrent or windowed layers: every response is read with a prompt of its own, which costs more")
         self.steps = plan_run(recipe, self.shares)
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
-        self.encoder.prompt(self.shares[0].samples[0])  # a prompt that can't be read is found before any work
+        prompt = self.encoder.prompt(self.shares[0].samples[0])  # a prompt that can't be read is found before any work
+        if configs[0].model_type not in SUPPORTED:
+            models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
 
     def plan(self) -> None:
         """Write plan.json: the stages with their questions and updates."""
@@ -224,6 +231,9 @@ class _Run:
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(str(error).splitlines()[0]) from error
             self.encoder.processor.save_pretrained(part)
+            for name in PROCESSOR_FILES:  # as they came, settings for videos included
+                if (self.recipe.student / name).is_file():
+                    shutil.copyfile(self.recipe.student / name, part / name)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
         say(f"student written to {target}")
 
@@ -236,7 +246,7 @@ class _Run:
     def _trainer(self) -> Trainer:
         if self.trainer is None:
             total = sum(map(len, self.steps))
-            self.trainer = Trainer(self._load_student(), self.encoder, self.recipe, total, self.out / "checkpoints")
+            self.trainer = Trainer(self._load_student(), self.encoder, self.recipe, total, self.out / "checkpoints", self.shared)
             self.trainer.load()
         return self.trainer
 

@@ -67,8 +67,8 @@ def rate_at(step: int, total: int, schedule: str, warm_up: int) -> float:
 class Trainer:
     """A student in training: its optimizer, its frozen starting point where a KL needs one, and its place in the run."""
 
-    def __init__(self, student: Any, encoder: Encoder, recipe: Recipe, total_steps: int, folder: Path) -> None:
-        self.recipe, self.encoder, self.folder = recipe, encoder, folder
+    def __init__(self, student: Any, encoder: Encoder, recipe: Recipe, total_steps: int, folder: Path, shared: bool = True) -> None:
+        self.recipe, self.encoder, self.folder, self.shared = recipe, encoder, folder, shared
         self.accelerator = Accelerator(mixed_precision="no")
         self.collate = family_of(student.config.model_type).collate_pixels
         self.initial = copy.deepcopy(student).to(getattr(torch, recipe.train.dtype)).eval().requires_grad_(False) if recipe.objective.beta else None
@@ -86,7 +86,8 @@ class Trainer:
         started = time.monotonic()
         chosen = [samples[i] for i in step.questions if responses.get(samples[i].id)]
         groups = [responses[sample.id] for sample in chosen]
-        packed = pack([Group(self.encoder.prompt(s), tuple(r.ids for r in g)) for s, g in zip(chosen, groups, strict=True)], self.encoder.pad, self.collate)
+        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g)) for s, g in zip(chosen, groups, strict=True)]
+        packed = pack(asked, self.encoder.pad, self.collate, self.shared)
         batch = move(packed, self.accelerator.device)
         self.student.train()
         with self.autocast():

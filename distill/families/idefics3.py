@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .default import positions
+
 # Module name patterns, relative to the model that AutoModelForImageTextToText returns.
 LANGUAGE = ("model.text_model.layers.",)
 VISION = ("model.vision_model.",)
 PROJECTOR = ("model.connector.",)
+
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]
 
 
 def collate_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .idefics3 import LANGUAGE, PROJECTOR, VISION, collate_pixels
+from .idefics3 import LANGUAGE, PROJECTOR, VISION, collate_pixels, positions
 
-__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels"]
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]

@@ -81,7 +81,7 @@ def test_a_configuration_that_says_nothing(folder: Path, text: str):
 
 def test_a_language_model_is_no_vision_language_model(tmp_path: Path):
     LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50).save_pretrained(tmp_path)
-    refusal(lambda: read_config(tmp_path), "the model type 'llama' is not supported; expected one of idefics3, smolvlm")
+    refusal(lambda: read_config(tmp_path), "the model type 'llama' is not supported; expected one of idefics3, internvl, llava_onevision")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, 600_000])
