@@ -88,6 +88,7 @@ def test_every_module_of_the_package_is_there(installed: Installed) -> None:
     here = {path.relative_to(source) for folder in (".", "demo/**", "distill/**", "export/**", "runtime/**") for path in source.glob(f"{folder}/*.py")}
     assert len(here) > 30
     assert {path.relative_to(place) for path in place.rglob("*.py")} == here
+    assert (place / "runtime" / "page.html").read_bytes() == (source / "runtime" / "page.html").read_bytes()
 
 
 @pytest.mark.parametrize(
