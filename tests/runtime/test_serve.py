@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -233,6 +235,19 @@ def test_metrics_count(server: Running, client: openai.OpenAI) -> None:
     assert [now - then for now, then in zip(after, before, strict=True)] == [usage.prompt_tokens, usage.completion_tokens, 1, 1]
     assert server.metric("masters_requests_total", code="404", path="other") == refused + 1
     assert server.metric("process_resident_memory_bytes") > 1e7
+
+
+def test_an_answer_is_sent_at_once(server: Running) -> None:
+    """Head and body in two packets, the second held back until the first is acknowledged, would take 40 ms each time."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", b"{}", {"Content-Type": "application/json"})
+        connection.getresponse().read()
+        times.append(time.perf_counter() - start)
+    connection.close()
+    assert min(times) < 0.03
 
 
 def test_health(server: Running) -> None:
