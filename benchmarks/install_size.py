@@ -1,4 +1,4 @@
-"""What the base install weighs: `python benchmarks/install_size.py` makes an empty environment, runs `pip install .` in it with the pinned versions, and counts.
+"""What the base install weighs: `python benchmarks/install_size.py` makes an empty environment, runs `pip install .` with the pinned versions, and counts.
 
 Prints megabytes (10^6 bytes) to download (the wheels) and on disk, with and without the bytecode that Python adds, by package.
 """
