@@ -1,4 +1,4 @@
-"""The objective against a float64 implementation of its own, SciPy, PyTorch's KL, and sums over every possible token."""
+"""The objective against a float64 implementation of its own, SciPy, PyTorch's KL, TRL's two divergences, and sums over every possible token."""
 
 from __future__ import annotations
 
@@ -148,6 +148,48 @@ def test_forward_and_reverse_kl_are_pytorchs():
     assert torch.allclose(divergence("forward_kl", teacher, student), forward, atol=1e-5)
     assert torch.allclose(divergence("reverse_kl", teacher, student), reverse, atol=1e-5)
     assert not torch.allclose(forward, reverse, atol=1e-2), "the two directions differ here, so that a swap would show"
+
+
+TRL_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_each_responses_divergence_and_its_gradient_are_trls_generalised_jsd(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    c = case(scale=0.7, seed=6)
+    stats = row_stats(c.heads, c.tokens, c.rows, len(LENGTHS), kind, "k3")
+    logits, theirs = c.heads.student @ c.heads.student_head.T, c.heads.teacher @ c.heads.teacher_head.T
+    expected = []
+    for row in range(len(LENGTHS)):
+        labels = torch.where(c.rows == row, c.tokens, -100)[None]  # TRL takes the mean over the labelled tokens of all rows: here those of one response
+        expected.append(GKDTrainer.generalized_jsd_loss(logits[None], theirs[None], labels, beta=TRL_BETA[kind]))
+    assert torch.allclose(stats.divergence, torch.stack(expected), atol=1e-6)
+    assert float(stats.divergence.detach().std()) > 1e-2
+    weights = torch.linspace(-1, 2, len(LENGTHS))
+    inputs = [c.heads.student, c.heads.student_head]
+    ours = torch.autograd.grad((weights * stats.divergence).sum(), inputs)
+    for found, wanted in zip(ours, torch.autograd.grad((weights * torch.stack(expected)).sum(), inputs), strict=True):
+        assert float((found - wanted).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_every_tokens_divergence_and_entropy_are_those_of_trls_chunked_kernel(kind: str):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    c = case(scale=0.7, seed=7)
+    alone = torch.arange(len(c.tokens))  # a response of one token each
+    stats = row_stats(c.heads, c.tokens, alone, len(alone), kind, "k3")
+    heads = (c.heads.student, c.heads.student_head, None, c.heads.teacher, c.heads.teacher_head, None)
+    expected, entropy = ChunkedDivergenceFunction.apply(*heads, TRL_BETA[kind])
+    assert torch.allclose(stats.divergence, expected, atol=1e-6)
+    assert torch.allclose(stats.entropy, entropy, atol=1e-5)
+    weights = torch.linspace(-1, 2, len(alone))
+    inputs = [c.heads.student, c.heads.student_head]
+    ours = torch.autograd.grad((weights * stats.divergence).sum(), inputs)
+    for found, wanted in zip(ours, torch.autograd.grad((weights * expected).sum(), inputs), strict=True):
+        assert float((found - wanted).abs().max()) < 5e-6  # of gradients up to 2
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 14, 15, 1000])
