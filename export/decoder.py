@@ -1,4 +1,4 @@
-"""The decoder_model_merged graph, authored: a Llama-shaped decoder on ONNX Runtime's fused operators.
+"""The decoder_model_merged graph, authored: a decoder of Llama's, Qwen2's or Qwen3's shape on ONNX Runtime's fused operators.
 
 Packed query, key and value projections, GroupQueryAttention with the rotary embedding inside, skip connections fused into the
 norms, and logits for the last positions alone. One graph serves prompts and single steps, a cache that grows from nothing
@@ -17,7 +17,7 @@ import torch
 from ..errors import ModelError
 from .graph import MICROSOFT, GraphAuthor
 
-SUPPORTED = ("llama",)  # text_config.model_type
+SUPPORTED = ("llama", "qwen2", "qwen3")  # text_config.model_type
 LAST = 2**63 - 1
 
 
@@ -27,7 +27,7 @@ def build_decoder(text_model: Any, lm_head: torch.nn.Linear, half: bool = False,
     Inputs inputs_embeds f32[B,S,D], attention_mask i64[B,T], position_ids i64[B,S], past_key_values.{i}.key/.value [B,K,P,h],
     num_logits_to_keep i64[] (0 keeps all); outputs logits f32[B,kept,V], present.{i}.key/.value [B,K,T,h]. With `half`, weights, cache and
     arithmetic are float16. `context` is the most positions (None: the model's own). Padding, where a batch has some, stands on the right.
-    Raises ModelError for another architecture than Llama's.
+    Raises ModelError for an architecture that the graph does not compute.
     """
     check_decoder(text_model.config)
     longest = context or text_model.config.max_position_embeddings
@@ -40,6 +40,9 @@ def check_decoder(config: Any) -> None:
         raise ModelError(f"the decoder is of type '{config.model_type}'; expected one of {', '.join(SUPPORTED)}, this version can't export another")
     if config.hidden_act != "silu":
         raise ModelError(f"the decoder's activation is '{config.hidden_act}'; expected 'silu', this version can't export another")
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other:
+        raise ModelError(f"the decoder has layers of '{min(other)}'; expected 'full_attention' in every one, this version can't export another")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     # These two change the angles with the length of the prompt, a stored table can't.
     if rope in ("dynamic", "longrope"):
@@ -61,7 +64,7 @@ class _Decoder:
         self._lengths(mask)
         self._rotary()
         hidden = embeds if self.dtype == ir.DataType.FLOAT else author.cast(embeds, self.dtype)
-        residual, normed = hidden, self._first_norm(hidden)
+        residual, normed = hidden, self._norm(hidden, self.text_model.layers[0].input_layernorm, "layers.0.attention_norm")
         for index, layer in enumerate(self.text_model.layers):
             normed, residual = self._skip_norm(
                 self._attention(normed, layer.self_attn, index), residual, layer.post_attention_layernorm, f"layers.{index}.mlp_norm"
@@ -88,14 +91,14 @@ class _Decoder:
         half = tables[0].shape[-1] // 2
         self.cos, self.sin = (self._table(f"rotary.{name}", table[0, :, :half]) for name, table in zip(("cos", "sin"), tables, strict=True))
 
-    def _first_norm(self, x: ir.Value) -> Any:
-        """The first norm has no skip connection before it; in standard operators, which ONNX Runtime fuses by itself. Computed in float32 as everywhere."""
-        op, norm = self.author.op, self.text_model.layers[0].input_layernorm
+    def _norm(self, x: ir.Value, norm: Any, name: str) -> Any:
+        """A norm without a skip connection before it; in standard operators, which ONNX Runtime fuses by itself. Computed in float32 as everywhere."""
+        op = self.author.op
         wide = x if self.dtype == ir.DataType.FLOAT else self.author.cast(x, ir.DataType.FLOAT)
         mean = op("ReduceMean", op("Pow", wide, self.author.constant(2, "float32")), self.author.constant([-1]), keepdims=1)
         scaled = op("Div", wide, op("Sqrt", op("Add", mean, self.author.constant(norm.variance_epsilon, "float32"))))
         narrow = scaled if self.dtype == ir.DataType.FLOAT else self.author.cast(scaled, self.dtype)
-        return op("Mul", narrow, self._table("layers.0.attention_norm.weight", norm.weight))
+        return op("Mul", narrow, self._table(f"{name}.weight", norm.weight))
 
     def _skip_norm(self, x: ir.Value, skip: ir.Value, norm: Any, name: str) -> tuple[Any, Any]:
         """(norm(x + skip), x + skip)."""
@@ -110,10 +113,9 @@ class _Decoder:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         cache_shape = ("batch_size", kv_heads, "past_sequence_length", attention.head_dim)
         past = [self.author.input(f"past_key_values.{index}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
-        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
         mixed, *present = self.author.op(
             "GroupQueryAttention",
-            *(packed, None, None, *past, self.last_position, self.total, self.cos, self.sin, self.positions),
+            *(*self._heads(x, attention, name), *past, self.last_position, self.total, self.cos, self.sin, self.positions),
             name=name,
             outputs=3,
             domain=MICROSOFT,
@@ -127,6 +129,21 @@ class _Decoder:
             # Not total_sequence_length: where past and present share a buffer, this is the buffer's length.
             self.author.output(value, f"present.{index}.{kind}", self.dtype, (*cache_shape[:2], "present_sequence_length", attention.head_dim))
         return self._linear(mixed, (attention.o_proj,), f"{name}.o")
+
+    def _heads(self, x: ir.Value, attention: Any, name: str) -> tuple[Any, Any, Any]:
+        """Query, key and value [B,S,heads * h]: packed in the first, or apart where each head of queries and keys has a norm (Qwen3)."""
+        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
+        if not hasattr(attention, "q_norm"):
+            return packed, None, None
+        op, constant, size = self.author.op, self.author.constant, attention.head_dim
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.num_key_value_heads)
+        query, key, value = op("Split", packed, constant([count * size for count in heads]), name=f"{name}.split", outputs=3, axis=-1)
+
+        def norm(rows: ir.Value, norm: Any, count: int, kind: str) -> Any:
+            apart = op("Reshape", rows, constant([0, 0, count, size]))
+            return op("Reshape", self._norm(apart, norm, f"{name}.{kind}_norm"), constant([0, 0, count * size]))
+
+        return norm(query, attention.q_norm, heads[0], "query"), norm(key, attention.k_norm, heads[1], "key"), value
 
     def _mlp(self, x: ir.Value, mlp: Any, index: int) -> Any:
         gate = self._linear(x, (mlp.gate_proj,), f"layers.{index}.mlp.gate")

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from masters.errors import ModelError
 from masters.export.decoder import build_decoder, check_decoder
@@ -20,13 +20,21 @@ WIDTH, VOCABULARY, LAYERS, KV, HEAD = 64, 97, 2, 2, 16
 Arrays = dict[str, np.ndarray]
 
 
-def llama(**changes: Any) -> LlamaForCausalLM:
+ARCHITECTURES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),  # biases on queries, keys and values alone
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),  # a norm on every head of queries and keys
+}
+
+
+def decoder(kind: str = "llama", **changes: Any) -> Any:
     settings = dict(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=KV,
         head_dim=HEAD, max_position_embeddings=64, tie_word_embeddings=False, pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    model_class, config_class = ARCHITECTURES[kind]
+    model = model_class(config_class(**(settings | changes))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:  # ones and zeros would hide a norm or a bias that is left out
@@ -43,7 +51,7 @@ def open_graph(model: LlamaForCausalLM, folder: Any, half: bool = False) -> onnx
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return llama()
+    return decoder()
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +150,28 @@ def test_a_batch_padded_on_the_right(model: LlamaForCausalLM, session: onnxrunti
     ],
 )  # fmt: skip
 def test_variants(changes: dict[str, Any], tmp_path: Any) -> None:
-    model, embeds = llama(**changes), random_embeds(1, 30)
+    model, embeds = decoder(**changes), random_embeds(1, 30)
     heads = model.config.num_key_value_heads
     cache = {name: np.zeros((1, heads, 0, HEAD), np.float32) for name in empty_cache()}
     close(run(open_graph(model, tmp_path), embeds, cache)[0], torch_logits(model, embeds))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("half", [False, True])
+def test_other_architectures(kind: str, half: bool, tmp_path: Any) -> None:
+    """A prompt, then two steps through the cache."""
+    model, embeds = decoder(kind), random_embeds(1, 13)
+    session, cache, logits = open_graph(model, tmp_path, half), empty_cache(dtype=np.float16 if half else np.float32), []
+    for start, stop in ((0, 11), (11, 12), (12, 13)):
+        found, cache = run(session, embeds[:, start:stop], cache)
+        logits.append(found)
+    theirs = torch_logits(model, embeds)
+    assert np.abs(np.concatenate(logits, axis=1) - theirs).max() < (0.02 if half else 2e-5) * np.abs(theirs).max()
+
+
+def test_refuses_sliding_windows() -> None:
+    with pytest.raises(ModelError, match="sliding_attention"):
+        check_decoder(Qwen2Config(use_sliding_window=True, sliding_window=8, num_hidden_layers=3, max_window_layers=1))
 
 
 def test_half(model: LlamaForCausalLM, tmp_path: Any) -> None:
