@@ -1,7 +1,7 @@
 """The decoder_model_merged graph, authored: a decoder of Llama's, Qwen2's or Qwen3's shape on ONNX Runtime's fused operators.
 
-Packed query, key and value projections, GroupQueryAttention with the rotary embedding inside, skip connections fused into the
-norms, and logits for the last positions alone. One graph serves prompts and single steps, a cache that grows from nothing
+Packed query, key and value projections, GroupQueryAttention with the rotary embedding inside (before it, where positions have three axes), skip
+connections fused into the norms, and logits for the last positions alone. One graph serves prompts and single steps, a cache that grows from nothing
 (transformers.js) and one buffer that is past and present at once (the runtime here).
 
 Shapes: B batch, S new positions, P past positions, T = P + S, D hidden, H query heads, K key/value heads, h head size, V vocabulary.
@@ -17,21 +17,23 @@ import torch
 from ..errors import ModelError
 from .graph import MICROSOFT, GraphAuthor
 
-SUPPORTED = ("llama", "qwen2", "qwen3")  # text_config.model_type
+SUPPORTED = ("llama", "qwen2", "qwen3", "qwen2_5_vl_text", "qwen3_vl_text")  # text_config.model_type
+AXES = 3  # of a position in a picture: time, height, width
 LAST = 2**63 - 1
 
 
-def build_decoder(text_model: Any, lm_head: torch.nn.Linear, half: bool = False, context: int | None = None) -> ir.Model:
+def build_decoder(text_model: Any, lm_head: torch.nn.Linear, half: bool = False, context: int | None = None, injected: int = 0) -> ir.Model:
     """The graph of a Hugging Face decoder (`text_model`: embed_tokens, layers, norm, rotary_emb) and its head.
 
-    Inputs inputs_embeds f32[B,S,D], attention_mask i64[B,T], position_ids i64[B,S], past_key_values.{i}.key/.value [B,K,P,h],
-    num_logits_to_keep i64[] (0 keeps all); outputs logits f32[B,kept,V], present.{i}.key/.value [B,K,T,h]. With `half`, weights, cache and
-    arithmetic are float16. `context` is the most positions (None: the model's own). Padding, where a batch has some, stands on the right.
-    Raises ModelError for an architecture that the graph does not compute.
+    Inputs inputs_embeds f32[B,S,D], attention_mask i64[B,T], position_ids i64[B,S] (i64[3,B,S] where the model's positions have three axes),
+    past_key_values.{i}.key/.value [B,K,P,h], num_logits_to_keep i64[] (0 keeps all); outputs logits f32[B,kept,V], present.{i}.key/.value [B,K,T,h].
+    With `half`, weights, cache and arithmetic are float16. `context` is the most positions (None: the model's own). Padding, where a batch has
+    some, stands on the right. The outputs of the first `injected` layers each get a vector of their own added: these stand behind the embedding,
+    inputs_embeds f32[B,S,(1+injected)·D], so that programs which know one row per token carry them along. Raises ModelError for other architectures.
     """
     check_decoder(text_model.config)
     longest = context or text_model.config.max_position_embeddings
-    return _Decoder(text_model, lm_head, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, longest).build()
+    return _Decoder(text_model, lm_head, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, longest, injected).build()
 
 
 def check_decoder(config: Any) -> None:
@@ -52,23 +54,29 @@ def check_decoder(config: Any) -> None:
 class _Decoder:
     """The graph under construction: what every layer needs, computed once."""
 
-    def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int) -> None:
+    def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int, injected: int) -> None:
         self.text_model, self.lm_head, self.dtype, self.context, self.config = text_model, lm_head, dtype, context, text_model.config
+        self.injected = injected
+        self.axes = hasattr(text_model.rotary_emb, "mrope_section")
         self.author = GraphAuthor("decoder_model_merged")
 
     def build(self) -> ir.Model:
         author, config = self.author, self.config
-        embeds = author.input("inputs_embeds", ir.DataType.FLOAT, ("batch_size", "sequence_length", config.hidden_size))
+        embeds = author.input("inputs_embeds", ir.DataType.FLOAT, ("batch_size", "sequence_length", (1 + self.injected) * config.hidden_size))
         mask = author.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
-        self.positions = author.input("position_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
+        axes = (AXES,) if self.axes else ()
+        self.positions = author.input("position_ids", ir.DataType.INT64, (*axes, "batch_size", "sequence_length"))
         self._lengths(mask)
-        self._rotary()
+        self._rotary_of_axes() if self.axes else self._rotary()
         hidden = embeds if self.dtype == ir.DataType.FLOAT else author.cast(embeds, self.dtype)
+        hidden, *added = self._split(hidden, (config.hidden_size,) * (1 + self.injected)) if self.injected else (hidden,)
         residual, normed = hidden, self._norm(hidden, self.text_model.layers[0].input_layernorm, "layers.0.attention_norm")
         for index, layer in enumerate(self.text_model.layers):
             normed, residual = self._skip_norm(
                 self._attention(normed, layer.self_attn, index), residual, layer.post_attention_layernorm, f"layers.{index}.mlp_norm"
             )
+            if index < len(added):
+                residual = author.op("Add", residual, added[index])
             last = index + 1 == len(self.text_model.layers)
             following = self.text_model.norm if last else self.text_model.layers[index + 1].input_layernorm
             name = "norm" if last else f"layers.{index + 1}.attention_norm"
@@ -90,6 +98,19 @@ class _Decoder:
             tables = self.text_model.rotary_emb(torch.zeros(1), positions)
         half = tables[0].shape[-1] // 2
         self.cos, self.sin = (self._table(f"rotary.{name}", table[0, :, :half]) for name, table in zip(("cos", "sin"), tables, strict=True))
+
+    def _rotary_of_axes(self) -> None:
+        """Cosines and sines of each new position, [B·S, h/2], a row each: every frequency turns with one of the three axes."""
+        op, constant, rotary = self.author.op, self.author.constant, self.text_model.rotary_emb
+        frequencies = rotary.inv_freq.detach().float().numpy()
+        placed = self.author.cast(op("Transpose", self.positions, perm=[1, 2, 0]), ir.DataType.FLOAT)  # B, S, 3
+        angles = op("Mul", op("Gather", placed, constant(_axis_of_frequencies(rotary)), axis=2), self.author.array("rotary.frequencies", frequencies))
+        angles = op("Reshape", angles, constant([-1, len(frequencies)]))
+        scale = constant(rotary.attention_scaling, "float32")
+        tables = [op("Mul", op(kind, angles), scale) for kind in ("Cos", "Sin")]
+        self.cos, self.sin = tables if self.dtype == ir.DataType.FLOAT else (self.author.cast(table, self.dtype) for table in tables)
+        count = op("Gather", op("Shape", self.cos), constant(0))
+        self.rows = op("Reshape", op("Range", constant(0), count, constant(1)), op("Slice", op("Shape", self.positions), constant([1]), constant([3])))
 
     def _norm(self, x: ir.Value, norm: Any, name: str) -> Any:
         """A norm without a skip connection before it; in standard operators, which ONNX Runtime fuses by itself. Computed in float32 as everywhere."""
@@ -113,16 +134,20 @@ class _Decoder:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         cache_shape = ("batch_size", kv_heads, "past_sequence_length", attention.head_dim)
         past = [self.author.input(f"past_key_values.{index}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
+        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
+        normed = hasattr(attention, "q_norm")
+        query = self._query_key_value(packed, attention, name, normed) if normed or self.axes else (packed, None, None)
+        rotary = () if self.axes else (self.cos, self.sin, self.positions)
         mixed, *present = self.author.op(
             "GroupQueryAttention",
-            *(*self._heads(x, attention, name), *past, self.last_position, self.total, self.cos, self.sin, self.positions),
+            *(*query, *past, self.last_position, self.total, *rotary),
             name=name,
             outputs=3,
             domain=MICROSOFT,
             num_heads=heads,
             kv_num_heads=kv_heads,
             scale=float(attention.scaling),
-            do_rotary=1,
+            do_rotary=int(not self.axes),
             rotary_interleaved=0,
         )
         for value, kind in zip(present, ("key", "value"), strict=True):
@@ -130,20 +155,22 @@ class _Decoder:
             self.author.output(value, f"present.{index}.{kind}", self.dtype, (*cache_shape[:2], "present_sequence_length", attention.head_dim))
         return self._linear(mixed, (attention.o_proj,), f"{name}.o")
 
-    def _heads(self, x: ir.Value, attention: Any, name: str) -> tuple[Any, Any, Any]:
-        """Query, key and value [B,S,heads * h]: packed in the first, or apart where each head of queries and keys has a norm (Qwen3)."""
-        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
-        if not hasattr(attention, "q_norm"):
-            return packed, None, None
-        op, constant, size = self.author.op, self.author.constant, attention.head_dim
-        heads = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.num_key_value_heads)
-        query, key, value = op("Split", packed, constant([count * size for count in heads]), name=f"{name}.split", outputs=3, axis=-1)
+    def _query_key_value(self, packed: ir.Value, attention: Any, name: str, normed: bool) -> tuple[Any, Any, Any]:
+        """The packed projections apart, [B,S,heads·h] each: query and key with their norms over h, and turned by positions of three axes."""
+        size = attention.head_dim
+        counts = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        query, key, value = self._split(packed, (counts[0] * size, counts[1] * size, counts[1] * size))
+        turned = []
+        for x, kind, heads in zip((query, key), ("q", "k"), counts, strict=True):
+            if normed:
+                by_head = self.author.op("Reshape", x, self.author.constant([0, 0, heads, size]))
+                by_head = self._norm(by_head, getattr(attention, f"{kind}_norm"), f"{name}.{kind}_norm")
+                x = self.author.op("Reshape", by_head, self.author.constant([0, 0, heads * size]))
+            turned.append(self.author.op("RotaryEmbedding", x, self.rows, self.cos, self.sin, domain=MICROSOFT) if self.axes else x)
+        return turned[0], turned[1], value
 
-        def norm(rows: ir.Value, norm: Any, count: int, kind: str) -> Any:
-            apart = op("Reshape", rows, constant([0, 0, count, size]))
-            return op("Reshape", self._norm(apart, norm, f"{name}.{kind}_norm"), constant([0, 0, count * size]))
-
-        return norm(query, attention.q_norm, heads[0], "query"), norm(key, attention.k_norm, heads[1], "key"), value
+    def _split(self, x: ir.Value, sizes: tuple[int, ...]) -> Any:
+        return self.author.op("Split", x, self.author.constant(sizes), outputs=len(sizes), axis=-1)
 
     def _mlp(self, x: ir.Value, mlp: Any, index: int) -> Any:
         gate = self._linear(x, (mlp.gate_proj,), f"layers.{index}.mlp.gate")
@@ -176,3 +203,11 @@ class _Decoder:
 
     def _table(self, name: str, values: torch.Tensor) -> ir.Value:
         return self.author.weight(name, tuple(values.shape), self.dtype, lambda: values)
+
+
+def _axis_of_frequencies(rotary: Any) -> list[int]:
+    """Which axis of a position turns each frequency: asked of the model's own module, one axis at a time."""
+    probe = torch.eye(AXES)[:, None].long()  # position number a is 1 on axis a and 0 on the others
+    with torch.no_grad():
+        _, sines = rotary(torch.zeros(1), probe)
+    return [int(axis) for axis in sines[0, :, : sines.shape[-1] // 2].abs().argmax(0)]
