@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DataError
-from ..pixels import Grid, Pixels
+from ..pixels import Grid, Pixels, level_table
 
 IMAGE, FRAME, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 MAX_SIDE = 4096  # pixels; the processor never enlarges beyond it
@@ -84,17 +84,6 @@ def tile(image: Image.Image, settings: dict[str, Any]) -> tuple[list[Image.Image
     return [*(image.crop(box) for box in boxes), image.resize((side, side), resample)], (rows, columns)
 
 
-def level_table(settings: dict[str, Any]) -> np.ndarray:
-    """Rescaling and normalisation of the 256 levels of each channel, float32 [3, 256]: a lookup is exact and costs no arithmetic per pixel."""
-    levels = np.arange(256, dtype=np.float64)
-    if settings.get("do_rescale"):
-        levels = levels * settings["rescale_factor"]
-    table = np.tile(levels.astype(np.float32), (3, 1))
-    if settings.get("do_normalize"):
-        table = (table - _per_channel(settings["image_mean"])) / _per_channel(settings["image_std"])
-    return table
-
-
 def _bounded(size: Size, wanted: dict[str, int]) -> Size:
     """The picture's size with its longest edge at `longest_edge`, the other one even, neither above MAX_SIDE."""
     if not wanted.get("longest_edge"):
@@ -130,7 +119,3 @@ def _whole_tiles(size: Size, side: int) -> Size:
 
 def _even(number: int) -> int:
     return number + number % 2
-
-
-def _per_channel(value: float | list[float]) -> np.ndarray:
-    return np.broadcast_to(np.asarray(value, np.float32), (3,))[:, None]
