@@ -69,7 +69,7 @@ def demo(out: Path, fast: bool, threads: int) -> None:
 @main.command()
 @click.argument("recipe", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--until", default="student", show_default=True, help="Last stage to run: check, mask, answers, train or student.")
+@click.option("--until", default="student", show_default=True, help="Last stage to run: check, mask, answers, signal, train or student.")
 @click.option("--dry-run", is_flag=True, help="Check the inputs, write plan.json and stop.")
 @_refusing
 def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool) -> None:

@@ -18,10 +18,11 @@ from .inputs import CollatePixels, Pixels, Prompt, to_device
 
 @dataclass(frozen=True)
 class Group:
-    """One question's prompt and its distinct responses (ids, end token included)."""
+    """One question's prompt and its distinct responses (ids, end token included); `sample` is its id, for what is kept by name."""
 
     prompt: Prompt
     responses: tuple[tuple[int, ...], ...]
+    sample: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PackedBatch:
     tokens: Tensor  # int64 [N]: the response tokens
     rows: Tensor  # int64 [N]: the response, counted over the batch, that each token belongs to
     count: int  # responses in the batch
+    responses: tuple[tuple[str, tuple[int, ...]], ...]  # each one's sample id and ids
 
 
 def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, shared: bool = True) -> PackedBatch:
@@ -44,7 +46,7 @@ def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, share
     Without `shared` every response gets a row and a prompt of its own, for models whose layers can't be told by a mask what to see.
     """
     if not shared:
-        groups = [Group(group.prompt, (response,)) for group in groups for response in group.responses]
+        groups = [Group(group.prompt, (response,), group.sample) for group in groups for response in group.responses]
     laid = [_lay_out(group) for group in groups]
     length = max(len(row.ids) for row in laid)
     ids = torch.full((len(laid), length), pad)
@@ -64,7 +66,8 @@ def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, share
             count += 1
     pixels = collate_pixels([group.prompt.pixels for group in groups])
     mask = block_mask(segments) if shared else segments >= 0
-    return PackedBatch(ids, positions, mask, pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count)
+    named = tuple((group.sample, response) for group in groups for response in group.responses)
+    return PackedBatch(ids, positions, mask, pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count, named)
 
 
 def block_mask(segments: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def move(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch with its tensors on `device`."""
     pixels = {name: t.to(device) for name, t in batch.pixels.items()}
     ids, positions, mask, gather, tokens, rows = (t.to(device) for t in (batch.ids, batch.positions, batch.mask, batch.gather, batch.tokens, batch.rows))
-    return PackedBatch(ids, positions, mask, pixels, gather, tokens, rows, batch.count)
+    return PackedBatch(ids, positions, mask, pixels, gather, tokens, rows, batch.count, batch.responses)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Answers:
     top_k: int = 50
     repetition_penalty: float = 1.05
     max_tokens: int = 64
+    refresh: str = "teacher"  # when the student answers anew: under every teacher, or in every mask stage
 
     @property
     def sampling(self) -> Sampling:
@@ -104,6 +105,7 @@ class Train:
     keep: str = "last"  # the student written at the end: last, or best on validation
     checkpoint_steps: int = 100
     evaluate_batch: int = 128
+    seed: int | None = None  # of the order of questions within a stage; the recipe's seed where none is given
 
 
 @dataclass(frozen=True)
@@ -119,28 +121,32 @@ class Recipe:
     mask: Mask = field(default_factory=Mask)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
-    buffer: Path | None = None  # folder of responses, for runs that share them; out/responses otherwise
+    teacher_signal: str = "live"  # live: the teacher stays in memory; cached: its states are kept in files, and it leaves
+    buffer: Path | None = None  # folder of responses and cached signal, for runs that share them; out/responses and out/teacher otherwise
     longest: int = 4096  # tokens of a prompt with its images
     seed: int = 0
 
 
 _BARE = {"accuracy_reward": False, "distillation_reward": "none", "beta": 0.0}
 
+# Forward KL teaches what the student lacks; likelihood ranks answers where the JSD can't; nothing is pushed down without a bound.
+_MASTERS = {"objective": {"divergence": "forward_kl", "distillation_reward": "teacher_logprob", "reward_wrong": False, "advantages": "positive", "kl": "full"}}
+
 # 'paper' is arXiv 2512.22238 to the letter, which is what the dataclasses default to; the others are named for what they do.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # Forward KL teaches what the student lacks; likelihood ranks answers where the JSD can't; nothing is pushed down without a bound.
-    "default": {
-        "objective": {"divergence": "forward_kl", "distillation_reward": "teacher_logprob", "reward_wrong": False, "advantages": "positive", "kl": "full"}
-    },
+    "default": _MASTERS,
     "sft": {"answers": {"teacher": 0, "student": 0, "truth": 1}, "mask": {"enabled": False}, "objective": {**_BARE, "distill": 0.0, "policy": 0.0, "nll": 1.0}},
     "kd": {"answers": {"student": 0}, "mask": {"enabled": False}, "objective": {**_BARE, "policy": 0.0}},
     "grpo": {"answers": {"teacher": 0, "student": 8}, "mask": {"enabled": False}, "objective": {"distill": 0.0, "distillation_reward": "none"}},
     "opd": {"answers": {"teacher": 0}, "mask": {"enabled": False}, "objective": {**_BARE, "divergence": "reverse_kl", "policy": 0.0}},
+    "masters": _MASTERS,  # the default by its name in tables of baselines
 }
 
 _CHOICES = {
     "preset": tuple(PRESETS),
+    "teacher_signal": ("live", "cached"),
+    "answers.refresh": ("teacher", "stage"),
     "mask.scope": SCOPES,
     "objective.divergence": DIVERGENCES,
     "objective.kl": ("k3", "full"),

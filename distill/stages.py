@@ -1,6 +1,6 @@
 """`distill(recipe)`: from two model folders and a file of questions to a trained student, in stages that each leave whole files.
 
-    check -> mask -> answers -> train -> student
+    check -> mask -> answers -> signal -> train -> student
 
 A run folder that was begun continues where it stopped: finished files are kept, training goes on from its checkpoint.
 """
@@ -8,25 +8,24 @@ A run folder that was begun continues where it stopped: finished files are kept,
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 
 from ..errors import RecipeError, RunError
-from ..files import read_json, sha256_file, sha256_folder, whole_folder, write_json, write_text
+from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample, read_samples
 from . import models
+from .claims import answers_values, claim, claim_file, digest, locked
 from .evaluate import greedy_answers, scores
 from .families import SUPPORTED, family_of, shares_prompts
 from .generate import batches_by_length, generate
@@ -34,13 +33,14 @@ from .inputs import Encoder
 from .judge import NAME as JUDGE
 from .judge import judge
 from .mask import TensorMask, apply_mask, maskable, plan_masks, restore
-from .recipe import Recipe, Teacher, recipe_values
+from .recipe import Objective, Recipe, Teacher, recipe_values
 from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct, read_responses, write_responses
 from .schedule import mask_ratios, stage_bounds
+from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .train import MetricsLog, Step, Trainer, plan_steps
 
-STAGES = ("check", "mask", "answers", "train", "student")
+STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUESTIONS_PER_FILE = 1024  # a killed run generates at most this many questions' answers again
 
@@ -55,6 +55,10 @@ class Share:
     ratios: tuple[float, ...]
     bounds: tuple[range, ...]
 
+    def asked(self, stages: Sequence[int]) -> list[Sample]:
+        """The questions of some mask stages."""
+        return [self.samples[i] for stage in stages for i in self.bounds[stage]]
+
 
 def distill(recipe: Recipe, until: str = "student") -> Path:
     """Run a recipe up to and with stage `until`; returns the run folder. Its student/ is an ordinary Hugging Face folder.
@@ -64,8 +68,8 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     if until not in STAGES:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
     run = _Run(recipe)  # reads only, and refuses what does not fit before anything is written
-    with _locked(recipe.out):
-        _claim(recipe)
+    with locked(recipe.out):
+        claim(recipe)
         run.plan()
         if until == "check":
             return recipe.out
@@ -73,10 +77,14 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
             masks = run.mask(share)
             if until == "mask":
                 continue
-            responses = run.answers(share, masks)
-            if until == "answers":
-                break  # a later teacher's questions are answered by the student as this one leaves it
-            run.train(share, masks, responses)
+            for stages in run.rounds(share):
+                responses = run.answers(share, masks, stages)
+                if until == "answers":
+                    return recipe.out  # what comes later is answered by the student as this round leaves it
+                signal = run.signal(share, masks, stages, responses)
+                if until == "signal":
+                    return recipe.out
+                run.train(share, masks, stages, responses, signal)
         if until == "student":
             run.finish()
     return recipe.out
@@ -106,65 +114,123 @@ class _Run:
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
 
     def plan(self) -> None:
-        """Write plan.json: the stages with their questions and updates."""
+        """Write plan.json: the stages with their questions and updates, and what the teachers' states take on disk where they are kept."""
         stages = [
             {"teacher": str(share.teacher.model), "ratio": ratio, "questions": len(bounds), "steps": sum(s.stage == i for s in steps)}
             for share, steps in zip(self.shares, self.steps, strict=True)
             for i, (ratio, bounds) in enumerate(zip(share.ratios, share.bounds, strict=True))
         ]
-        write_json(self.out / "plan.json", {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation)})
+        signal = [self._signal_plan(share) for share in self.shares] if needs_teacher(self.recipe.objective) else []
+        planned = {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation)}
+        write_json(self.out / "plan.json", planned | {"teacher_signal": {"kind": self.recipe.teacher_signal, "teachers": signal}})
+
+    def _signal_plan(self, share: Share) -> dict[str, Any]:
+        wanted, text = self.recipe.answers, models.read_config(share.teacher.model).get_text_config()
+        token = text.hidden_size * self.dtype.itemsize
+        tokens = len(share.samples) * (wanted.teacher + wanted.student + wanted.truth) * wanted.max_tokens
+        sizes = {"bytes_per_token": token, "head_bytes": token * text.vocab_size, "longest_tokens": tokens, "longest_bytes": tokens * token}
+        return {"teacher": str(share.teacher.model), "hidden": text.hidden_size, "dtype": self.recipe.train.dtype} | sizes
+
+    def rounds(self, share: Share) -> list[tuple[int, ...]]:
+        """The mask stages whose questions the student answers in one go, before it is trained on any of them."""
+        stages = range(len(share.ratios))
+        anew = self.recipe.answers.refresh == "stage" and self.recipe.answers.student
+        return [(stage,) for stage in stages] if anew else [tuple(stages)]
 
     def mask(self, share: Share) -> list[TensorMask]:
-        """The thresholds of every ratio of a teacher, kept in mask-N.json."""
-        path = self.out / f"mask-{share.number}.json"
+        """The thresholds of every ratio of a teacher, kept in mask-N.json; of ratio 0 alone there are none, and no teacher is loaded for them."""
+        if self.recipe.buffer:
+            self._claim_buffer()
+        path = (self.recipe.buffer or self.out) / f"mask-{share.number}.json"
         if not path.exists():
-            model = models.load_model(share.teacher.model, models.exact_dtype(share.teacher.model, self.dtype))
-            found = plan_masks(maskable(model, self.family.LANGUAGE, self.recipe.mask.exclude), share.ratios, self.recipe.mask.scope)
+            found = self._find_masks(share) if any(share.ratios) else []
             write_json(path, [dataclasses.asdict(mask) for mask in found])
         return [TensorMask.from_json(row) for row in read_json(path)]
 
-    def answers(self, share: Share, masks: Sequence[TensorMask]) -> dict[str, list[DistinctResponse]]:
-        """All responses to a teacher's questions: from the masked teacher stage by stage, from the student as it is, and the truth."""
+    def _find_masks(self, share: Share) -> list[TensorMask]:
+        model = models.load_model(share.teacher.model, models.exact_dtype(share.teacher.model, self.dtype))
+        return plan_masks(maskable(model, self.family.LANGUAGE, self.recipe.mask.exclude), share.ratios, self.recipe.mask.scope)
+
+    def _claim_buffer(self) -> None:
+        claim_file(self.buffer / "buffer.yaml", answers_values(self.recipe), "the buffer of responses")
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """While files are added to a buffer that other runs may share: each of them is made once."""
+        return locked(self.recipe.buffer, "a buffer of responses", wait=True) if self.recipe.buffer else nullcontext()
+
+    def answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int]) -> dict[str, list[DistinctResponse]]:
+        """All responses to the questions of some mask stages: from the teacher under each one's mask, from the student as it is, and the truth."""
         wanted, paths = self.recipe.answers, []
-        _claim_file(self.buffer / "buffer.yaml", _answers_values(self.recipe), "the buffer of responses")
+        self._claim_buffer()
         if wanted.teacher:
-            files = {
-                (stage, name): chunk
-                for stage, bounds in enumerate(share.bounds)
-                for name, chunk in _chunks(share, bounds, f"teacher{share.number}-stage{stage}")
-            }
-            paths += self._generate(share, masks, files)
+            paths += self._generate(share, masks, self._files(share, stages, self.buffer, ".parquet"))
         if wanted.student:
-            paths += self._generate_student(share)
+            paths += self._generate_student(share, stages)
         rows = read_responses(paths)
         if wanted.truth:
-            rows += [_truth(sample, self.encoder) for sample in share.samples for _ in range(wanted.truth)]
+            rows += [_truth(sample, self.encoder) for sample in share.asked(stages) for _ in range(wanted.truth)]
         groups: dict[str, list[Response]] = defaultdict(list)
         for row in rows:
             groups[row.sample].append(row)
         return {sample: distinct(group) for sample, group in groups.items()}
 
-    def _generate(self, share: Share, masks: Sequence[TensorMask], files: Mapping[tuple[int, str], list[Sample]]) -> list[Path]:
-        paths = {key: self.buffer / key[1] for key in files}
-        missing = [key for key in files if not paths[key].exists()]
-        teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if missing else None
-        for key in bar(missing, f"answers of {share.teacher.model.name}"):
-            assert teacher is not None
-            teacher.set_ratio(share.ratios[key[0]])
-            source = {"source": "teacher", "model": share.teacher.model.name, "ratio": share.ratios[key[0]]}
-            write_responses(paths[key], self._respond(teacher.model, files[key], self.recipe.answers.teacher, source))
-        return list(paths.values())
+    def _files(self, share: Share, stages: Sequence[int], folder: Path, suffix: str) -> dict[Path, tuple[int, list[Sample]]]:
+        """The files of what a teacher gives to its questions, with the mask stage and the questions of each."""
+        names = {stage: _chunks(share, share.bounds[stage], f"teacher{share.number}-stage{stage}") for stage in stages}
+        return {folder / f"{name}{suffix}": (stage, chunk) for stage, chunks in names.items() for name, chunk in chunks}
 
-    def _generate_student(self, share: Share) -> list[Path]:
-        chunks = dict(_chunks(share, range(len(share.samples)), f"student{share.number}"))
-        paths = {name: self.buffer / name for name in chunks}
-        missing = [name for name in chunks if not paths[name].exists()]
-        student = self._student() if missing else None
-        for name in bar(missing, "answers of the student"):
-            source = {"source": "student", "model": self.recipe.student.name, "ratio": 0.0}
-            with self._trainer().autocast():
-                write_responses(paths[name], self._respond(student, chunks[name], self.recipe.answers.student, source))
-        return list(paths.values())
+    def _generate(self, share: Share, masks: Sequence[TensorMask], files: Mapping[Path, tuple[int, list[Sample]]]) -> list[Path]:
+        if _missing(files):
+            with self._alone():
+                teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype)
+                for path in bar(_missing(files), f"answers of {share.teacher.model.name}"):
+                    stage, chunk = files[path]
+                    teacher.set_ratio(share.ratios[stage])
+                    source = {"source": "teacher", "model": share.teacher.model.name, "ratio": share.ratios[stage]}
+                    write_responses(path, self._respond(teacher.model, chunk, self.recipe.answers.teacher, source))
+        return list(files)
+
+    def _generate_student(self, share: Share, stages: Sequence[int]) -> list[Path]:
+        whole = len(stages) == len(share.ratios)
+        parts = [_chunks(share, range(len(share.samples)), f"student{share.number}")] if whole else []
+        parts += [] if whole else [_chunks(share, share.bounds[stage], f"student{share.number}-stage{stage}") for stage in stages]
+        files = {self.buffer / f"{name}.parquet": chunk for chunks in parts for name, chunk in chunks}
+        if _missing(files):
+            with self._alone(), self._trainer().autocast():
+                self._check_untrained(share, stages)
+                for path in bar(_missing(files), "answers of the student"):
+                    source = {"source": "student", "model": self.recipe.student.name, "ratio": 0.0}
+                    write_responses(path, self._respond(self._student(), files[path], self.recipe.answers.student, source))
+        return list(files)
+
+    def _check_untrained(self, share: Share, stages: Sequence[int]) -> None:
+        """Raise RunError if the student has been trained on questions that it is to answer first."""
+        first = min((step.number for step in self.steps[share.number] if step.stage in stages), default=0)
+        if self._trainer().done > first:
+            place = f"step {self._trainer().done}, its answers in {self.buffer} are missing and come from step {first}"
+            raise RunError(f"the student stands at {place}; put them back, or remove {self.out / 'checkpoints'} to train it again")
+
+    def signal(
+        self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], responses: Mapping[str, Sequence[DistinctResponse]]
+    ) -> CachedSignal | None:
+        """The teacher's states for all responses, in files; None where it stays in memory, or is not needed."""
+        if self.recipe.teacher_signal == "live" or not needs_teacher(self.recipe.objective):
+            return None
+        folder = (self.recipe.buffer or self.out) / "teacher"
+        files, mark = self._files(share, stages, folder, ".safetensors"), digest(answers_values(self.recipe))
+        layouts = {path: lay_out(chunk, responses) for path, (_, chunk) in files.items()}
+        for path in set(files) - set(_missing(files)):
+            check_signal(path, layouts[path], mark)
+        if _missing(files):
+            with self._alone():
+                reader = SignalReader(self.encoder, self.family.collate_pixels, self.shared, self.dtype)
+                teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype)
+                for path in bar(_missing(files), f"signal of {share.teacher.model.name}"):
+                    stage, chunk = files[path]
+                    teacher.set_ratio(share.ratios[stage])
+                    head = write_head(folder, f"teacher{share.number}-head", share.ratios[stage], teacher.model, teacher.tensors, mark)
+                    reader.write(path, layouts[path], chunk, teacher.model, {"head": head.name, "mark": mark})
+        return CachedSignal(list(files), models.device())
 
     def _respond(self, model: Any, samples: Sequence[Sample], count: int, source: Mapping[str, Any]) -> list[Response]:
         """`count` judged responses to each sample."""
@@ -181,23 +247,30 @@ class _Run:
                 ]
         return [response for sample in samples for response in found[sample.id]]
 
-    def train(self, share: Share, masks: Sequence[TensorMask], responses: Mapping[str, Sequence[DistinctResponse]]) -> None:
-        """All updates under one teacher, its mask falling stage by stage, the student evaluated at the end of each."""
+    def train(
+        self,
+        share: Share,
+        masks: Sequence[TensorMask],
+        stages: Sequence[int],
+        responses: Mapping[str, Sequence[DistinctResponse]],
+        signal: CachedSignal | None,
+    ) -> None:
+        """All updates of some mask stages, the mask falling from one to the next, the student evaluated at the end of each."""
         trainer = self._trainer()
-        steps = [step for step in self.steps[share.number] if step.number >= trainer.done]
+        planned = [step for step in self.steps[share.number] if step.stage in stages]
+        steps = [step for step in planned if step.number >= trainer.done]
         if not steps:
             return
-        objective = self.recipe.objective
-        needed = objective.distill > 0 or objective.distillation_reward != "none"
-        teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if needed else None
+        live = signal is None and needs_teacher(self.recipe.objective)
+        teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if live else None
         log = MetricsLog(self.out / "metrics.jsonl", trainer.done)
         if trainer.done == 0:
             self._evaluate(trainer, log, Step(-1, 0, share.ratios[0], ()))
-        ends = {max(s.number for s in self.steps[share.number] if s.stage == stage) for stage in {s.stage for s in steps}}
-        for step in bar(steps, f"training ({self.recipe.preset})", total=len(self.steps[share.number]), done=len(self.steps[share.number]) - len(steps)):
+        ends = {max(s.number for s in planned if s.stage == stage) for stage in {s.stage for s in steps}}
+        for step in bar(steps, f"training ({self.recipe.preset})", total=len(planned), done=len(planned) - len(steps)):
             if teacher:
                 teacher.set_ratio(step.ratio)
-            log.write(trainer.step(step, share.samples, responses, teacher.model if teacher else None) | {"kind": "step"})
+            log.write(trainer.step(step, share.samples, responses, teacher.model if teacher else signal) | {"kind": "step"})
             if step.number in ends:
                 self._evaluate(trainer, log, step)
             if step.number in ends or trainer.done % self.recipe.train.checkpoint_steps == 0:
@@ -291,73 +364,30 @@ def plan_shares(recipe: Recipe, samples: Sequence[Sample]) -> list[Share]:
     return shares
 
 
+def needs_teacher(objective: Objective) -> bool:
+    """Whether training looks at the teacher's probabilities at all."""
+    return objective.distill > 0 or objective.distillation_reward != "none"
+
+
 def plan_run(recipe: Recipe, shares: Sequence[Share]) -> list[list[Step]]:
     """The updates under each teacher, numbered through the run."""
     planned: list[list[Step]] = []
+    seed = recipe.seed if recipe.train.seed is None else recipe.train.seed
     for share in shares:
         first = sum(map(len, planned))
-        planned.append(plan_steps(share.bounds, share.ratios, recipe.train.questions_per_step, recipe.train.epochs, recipe.seed, first))
+        planned.append(plan_steps(share.bounds, share.ratios, recipe.train.questions_per_step, recipe.train.epochs, seed, first))
     return planned
 
 
 def _chunks(share: Share, bounds: range, name: str) -> Iterator[tuple[str, list[Sample]]]:
     for start in range(bounds.start, bounds.stop, QUESTIONS_PER_FILE):
-        yield f"{name}-{start:07d}.parquet", list(share.samples[start : min(start + QUESTIONS_PER_FILE, bounds.stop)])
+        yield f"{name}-{start:07d}", list(share.samples[start : min(start + QUESTIONS_PER_FILE, bounds.stop)])
+
+
+def _missing(files: Iterable[Path]) -> list[Path]:
+    return [path for path in files if not path.exists()]
 
 
 def _truth(sample: Sample, encoder: Encoder) -> Response:
     text = sample.answers[0]
     return Response(sample.id, "truth", "", 0.0, 0, text, tuple(encoder.answer(text)), "stop", 1.0, "truth", "ground truth")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone; the lock goes with the process, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise RunError(f"{out} can't hold a run ({error.strerror}); expected a folder that can be written to, choose another 'out'") from None
-    with lock as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process is working in {out}; wait for it, or choose another 'out'") from None
-        for part in out.rglob(".*.part*"):  # what a killed process was writing
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-        yield
-
-
-def _claim(recipe: Recipe) -> None:
-    """Write recipe.yaml, or make sure that the one that is there is the same, models and questions included."""
-    values = recipe_values(recipe) | {"fingerprints": _fingerprints(recipe)}
-    _claim_file(recipe.out / "recipe.yaml", values, "the run folder")
-
-
-def _answers_values(recipe: Recipe) -> dict[str, Any]:
-    """What responses depend on, and nothing else, so that runs which differ elsewhere can share them."""
-    values = recipe_values(recipe)
-    # From the second teacher on, the student that answers is the one that this recipe has trained.
-    keys = ("answers", "mask", "longest", "seed") + (("objective", "train", "preset") if len(recipe.teachers) > 1 else ())
-    kept = {key: values[key] for key in keys} | {"dtype": recipe.train.dtype}
-    return kept | {"limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers], "fingerprints": _fingerprints(recipe)}
-
-
-def _fingerprints(recipe: Recipe) -> dict[str, str]:
-    folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
-    found = {name: sha256_folder(folder, (".safetensors", ".json", ".jinja")) for name, folder in folders.items() if folder.is_dir()}
-    return found | ({"train": sha256_file(recipe.data.train)} if recipe.data.train.is_file() else {})
-
-
-def _claim_file(path: Path, values: dict[str, Any], what: str) -> None:
-    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs."""
-    if not path.exists():
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
-        return
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise RunError(f"{path} is damaged; remove {path.parent} to begin anew") from None
-    if changed:
-        raise RunError(f"{what} {path.parent} was begun with another recipe ({', '.join(changed)} differ); choose another folder, or remove that one")

@@ -24,12 +24,14 @@ from ..errors import RunError
 from ..files import whole_file
 from ..samples import Sample
 from . import rewards
+from .claims import training_mark
 from .families import family_of
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import Encoder
 from .objective import Heads, ObjectiveWeights, RowStats, loss, row_stats
 from .recipe import Objective, Recipe
 from .responses import DistinctResponse
+from .signal import teacher_states
 
 NORMS_EVERY = 20  # steps between measurements of both parts' gradient norms, which take a second backward pass
 
@@ -86,7 +88,7 @@ class Trainer:
         started = time.monotonic()
         chosen = [samples[i] for i in step.questions if responses.get(samples[i].id)]
         groups = [responses[sample.id] for sample in chosen]
-        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g)) for s, g in zip(chosen, groups, strict=True)]
+        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g), s.id) for s, g in zip(chosen, groups, strict=True)]
         packed = pack(asked, self.encoder.pad, self.collate, self.shared)
         batch = move(packed, self.accelerator.device)
         self.student.train()
@@ -113,9 +115,9 @@ class Trainer:
     def _stats(self, batch: PackedBatch, teacher: Any | None) -> RowStats:
         objective = self.recipe.objective
         with torch.no_grad():
-            theirs = None if teacher is None else response_states(teacher, batch)
+            theirs, their_head = (None, None) if teacher is None else teacher_states(teacher, batch)
             initial = None if self.initial is None else response_states(self.initial, batch)
-        heads = Heads(response_states(self.student, batch), _head(self.student), theirs, _head(teacher), initial, _head(self.initial))
+        heads = Heads(response_states(self.student, batch), _head(self.student), theirs, their_head, initial, _head(self.initial))
         return row_stats(heads, batch.tokens, batch.rows, batch.count, objective.divergence, objective.kl)
 
     def _backward(self, distill: Tensor, rest: Tensor, measure: bool) -> dict[str, float]:
@@ -131,6 +133,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint whole: weights, optimizer and place."""
         state = {
+            "recipe": training_mark(self.recipe),
             "step": self.done,
             "best": self.best,
             "student": self.student.state_dict(),
@@ -148,6 +151,8 @@ class Trainer:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); remove the folder {self.folder} to train again from the answers") from None
+        if state["recipe"] != training_mark(self.recipe):
+            raise RunError(f"{path} is another recipe's checkpoint; choose another 'out', or remove the folder {self.folder} to train from the answers")
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -200,7 +200,7 @@ def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
         assert {path.name for path in out.iterdir()} == found | new, stage
         found |= new
     assert (out / "student" / "model.safetensors").read_bytes() == (whole / "student" / "model.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match="check, mask, answers, train, student"):
+    with pytest.raises(RecipeError, match="check, mask, answers, signal, train, student"):
         distill(recipe_of(raw), until="export")
 
 

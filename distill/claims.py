@@ -1,0 +1,103 @@
+"""Whose folder is whose: a run folder belongs to one recipe and one process, a buffer of responses to all recipes that would make the same."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RunError
+from ..files import sha256_file, sha256_folder, write_text
+from ..progress import say
+from .recipe import Recipe, recipe_values
+
+READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
+
+
+@contextmanager
+def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process alone; the lock goes with the process, however it ends. What a killed one was writing is removed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise RunError(f"{out} can't hold {what} ({error.strerror}); expected a folder that can be written to, choose another one") from None
+    with lock as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not wait:
+                raise RunError(f"another process is working in {out}; wait for it, or choose another 'out'") from None
+            say(f"waiting for the process that is working in {out}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        for part in out.rglob(".*.part*"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        yield
+
+
+def claim(recipe: Recipe) -> None:
+    """Write recipe.yaml, or make sure that the one that is there is the same, models and questions included."""
+    values = recipe_values(recipe) | {"fingerprints": fingerprints(recipe)}
+    claim_file(recipe.out / "recipe.yaml", values, "the run folder")
+
+
+def answers_values(recipe: Recipe) -> dict[str, Any]:
+    """What responses, masks and the teacher's states depend on, and nothing else, so that runs which differ elsewhere can share them."""
+    values = recipe_values(recipe)
+    # A student that answers after it has been trained is one that this recipe has made.
+    trained = len(recipe.teachers) > 1 or recipe.answers.refresh == "stage"
+    keys = ("answers", "mask", "longest", "seed") + (("objective", "train", "preset") if trained else ())
+    kept = {key: values[key] for key in keys} | {"dtype": recipe.train.dtype}
+    return kept | {"limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers], "fingerprints": fingerprints(recipe)}
+
+
+def training_mark(recipe: Recipe) -> str:
+    """A hash of all that decides what a checkpoint holds; where the run stands on disk does not."""
+    values = {key: value for key, value in recipe_values(recipe).items() if key not in ("out", "buffer", "student", "teachers", "data", "teacher_signal")}
+    values |= {"fingerprints": fingerprints(recipe), "limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers]}
+    return digest(values)
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the models' and the questions' files."""
+    folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
+    found = {name: _hash(folder, _state(folder)) for name, folder in folders.items() if folder.is_dir()}
+    return found | ({"train": _hash(recipe.data.train, _state(recipe.data.train))} if recipe.data.train.is_file() else {})
+
+
+def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
+    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs."""
+    if not path.exists():
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        return
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise RunError(f"{path} is damaged; remove {path.parent} to begin anew") from None
+    if changed:
+        raise RunError(f"{what} {path.parent} was begun with another recipe ({', '.join(changed)} differ); choose another folder, or remove that one")
+
+
+def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that are hashed: while they stay, so does the hash, which takes minutes for a large teacher."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file in files if file.is_file() for stat in [file.stat()])
+
+
+@cache
+def _hash(path: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    return sha256_folder(path, READ) if path.is_dir() else sha256_file(path)
