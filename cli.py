@@ -80,6 +80,30 @@ def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool)
 
 
 @main.command()
+@click.argument("recipe", type=PATH)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--vary", multiple=True, metavar="KEY=A,B", required=True, help="Values to compare; given several times: all combinations, the first one the reference."
+)
+@click.option("--alone", is_flag=True, help="Each value by itself against the recipe, in place of all combinations.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of each.")
+@click.option("--data", type=PATH, help="Questions to score on.  [default: the recipe's validation]")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+@_refusing
+def ablate(as_json: bool, **options: Any) -> None:
+    """Train variants of RECIPE on the same responses and the same teacher's signal, and compare their scores; begun, it continues."""
+    module = _needs(".distill.ablate", "distill")
+    from .runtime.report import table
+
+    result = module.ablate(module.AblateConfig(**options))
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+        return
+    shown = module.result_table(result)
+    click.echo("\n".join([table(shown.columns, shown.rows), "", *module.sentences(result), "", shown.note]))
+
+
+@main.command()
 @click.argument("student", type=PATH)
 @click.option("--target", type=click.Choice(["onnx", "coreml"]), required=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, int4, or per part: vision=int8,decoder=int4,embed=int8.")

@@ -71,7 +71,7 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     with locked(recipe.out):
         claim(recipe)
         run.plan()
-        if until == "check":
+        if until == "check" or (recipe.out / "student").exists():  # what comes last
             return recipe.out
         for share in run.shares:
             masks = run.mask(share)

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from masters import bootstrap
-from masters.bootstrap import Interval, mean_interval, paired_difference
+from masters.bootstrap import Interval, crossed_interval, mean_interval, paired_difference
 
 
 @pytest.mark.parametrize(("count", "level"), [(40, 0.95), (300, 0.95), (300, 0.8), (1200, 0.99)])
@@ -91,3 +91,42 @@ def test_large_sets_are_drawn_in_pieces() -> None:
     """Every resample counts, however the draws are split to bound the memory."""
     assert sum(bootstrap._chunks(1)) == sum(bootstrap._chunks(5_000_000)) == bootstrap.RESAMPLES
     assert max(bootstrap._chunks(5_000_000)) * 5_000_000 <= 8_000_000
+
+
+def test_crossed_against_indices_drawn_one_by_one() -> None:
+    rng = np.random.default_rng(3)
+    scores = rng.random((4, 60)) + rng.normal(0, 0.2, size=(4, 1))
+    found = crossed_interval(scores)
+    means = [scores[rng.integers(0, 4, 4)][:, rng.integers(0, 60, 60)].mean() for _ in range(10_000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.mean == pytest.approx(scores.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05 * (high - low))
+    assert found.count == 60
+
+
+def test_crossed_is_over_questions_alone_where_runs_agree() -> None:
+    scores = np.random.default_rng(1).random(300)
+    alone = mean_interval(scores)
+    for runs in (1, 5):
+        found = crossed_interval(np.tile(scores, (runs, 1)))
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.05 * (alone.high - alone.low))
+
+
+def test_crossed_is_wide_where_runs_differ_and_holds_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and questions each shift a score: an interval over questions alone misses the truth, one over both does not."""
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 500)
+    rng = np.random.default_rng(0)
+    both, alone = [], []
+    for trial in range(200):
+        scores = rng.normal(0, 0.05, size=(6, 1)) + rng.normal(0, 0.3, size=(1, 150)) + rng.normal(0, 0.3, size=(6, 150))
+        crossed, single = crossed_interval(scores, seed=trial), mean_interval(scores.mean(axis=0), seed=trial)
+        both.append(crossed.low <= 0 <= crossed.high)
+        alone.append(single.low <= 0 <= single.high)
+    assert np.mean(both) >= 0.88, np.mean(both)
+    assert np.mean(alone) < np.mean(both)
+
+
+def test_crossed_scores_have_two_axes() -> None:
+    for shape in ((3,), (0, 4), (2, 0), (2, 2, 2)):
+        with pytest.raises(ValueError, match="expected runs x questions"):
+            crossed_interval(np.zeros(shape))
