@@ -9,6 +9,7 @@ __all__ = [
     "BundleError",
     "DataError",
     "ImageError",
+    "LengthError",
     "MastersError",
     "MissingExtraError",
     "ModelError",
@@ -29,6 +30,10 @@ class DataError(MastersError):
 
 class ImageError(DataError):
     """An image can't be read, is truncated, or is too large to decode safely."""
+
+
+class LengthError(DataError):
+    """A question takes more tokens than are read; it is never cut, least of all inside an image."""
 
 
 class RecipeError(MastersError):

@@ -18,6 +18,7 @@ from ..errors import RunError
 from ..files import sha256_file, sha256_folder, write_text
 from ..progress import say
 from .recipe import Recipe, recipe_values
+from .skipped import SKIPPED, read_skipped
 
 READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
 
@@ -72,10 +73,13 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the models' and the questions' files."""
+    """Hashes of the models' and the questions' files, and of which questions are skipped: an image that comes later changes what is asked when."""
     folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
     found = {name: _hash(folder, _state(folder)) for name, folder in folders.items() if folder.is_dir()}
-    return found | ({"train": _hash(recipe.data.train, _state(recipe.data.train))} if recipe.data.train.is_file() else {})
+    found |= {"train": _hash(recipe.data.train, _state(recipe.data.train))} if recipe.data.train.is_file() else {}
+    left_out = read_skipped(recipe.out / SKIPPED) if (recipe.out / SKIPPED).exists() else []
+    ids = [row.id for row in left_out if row.file == "train"]
+    return found | ({"skipped": digest({"ids": ids})} if ids else {})
 
 
 def claim_file(path: Path, values: dict[str, Any], what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError, ModelError
+from ..errors import DataError, LengthError, ModelError
 from ..images import open_image
 from ..samples import Sample
 
@@ -66,7 +66,8 @@ class Encoder:
         if sample in self._cache:
             self._cache.move_to_end(sample)
             return self._cache[sample]
-        prompt = self.encode(sample)
+        with torch.inference_mode(False):  # what generation remembers is trained on as well
+            prompt = self.encode(sample)
         self._cache[sample] = prompt
         self._free -= prompt.bytes
         while self._free < 0:
@@ -74,17 +75,34 @@ class Encoder:
         return prompt
 
     def encode(self, sample: Sample) -> Prompt:
-        """The prompt of `sample`, encoded anew. Raises DataError if it is longer than `longest` tokens: it is never cut, least of all inside an image."""
-        text = self.processor.apply_chat_template(self.turns(sample), add_generation_prompt=True)
+        """The prompt of `sample`, encoded anew.
+
+        Raises ImageError for an image that can't be read, LengthError for more than `longest` tokens (a prompt is never cut, least of all inside an
+        image), and DataError for whatever else the processor refuses.
+        """
         images = [open_image(image) for image in sample.images]
-        # Nested: a flat list would be as many questions of one image to some processors.
-        encoded = self.processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=False)
+        if set(self.tokenizer(sample.prompt, add_special_tokens=False).input_ids).intersection(self.image_tokens):
+            raise DataError(f"question '{sample.id}' holds the token that stands for an image in its text; expected images under 'images', remove it there")
+        try:
+            # Nested: a flat list would be as many questions of one image to some processors.
+            encoded = self.processor(text=[self.chat(sample)], images=[images] if images else None, return_tensors="pt", add_special_tokens=False)
+        except Exception as error:  # a processor may raise anything at a picture of odd size
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise DataError(
+                f"the processor can't read question '{sample.id}' ({reason}); expected a question and images for this model, mend the row"
+            ) from error
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         if len(ids) > self.longest:
-            raise DataError(f"question '{sample.id}' takes {len(ids)} tokens with its images; at most {self.longest} are read, raise inputs.longest or skip it")
+            raise LengthError(f"question '{sample.id}' takes {len(ids)} tokens with its images; at most {self.longest} are read, raise 'longest' or shorten it")
         pixels = dict(encoded)
         return Prompt(ids, pixels, self.positions(ids, pixels, self.processor) if self.positions else None)
+
+    def chat(self, sample: Sample) -> str:
+        """The text of `sample` in the model's chat template, one placeholder for each image, up to where the answer begins."""
+        text = self.processor.apply_chat_template(self.turns(sample), add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
 
     def answer(self, text: str) -> list[int]:
         """The ids with which a model answers `text`, its end token included."""

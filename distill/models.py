@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
-from ..errors import MastersError, ModelError
+from ..errors import MastersError, ModelError, RecipeError
 from ..files import read_json
 from .families import SUPPORTED, check_config, family_of
 from .forward import packing_error
@@ -116,6 +117,15 @@ def check_pair(teacher: Path, student: Path) -> None:
         raise ModelError(f"the chat templates of {teacher} and {student} differ; expected the same, or the teacher would see another prompt")
     if _image_settings(left) != _image_settings(right):
         raise ModelError(f"the image processors of {teacher} and {student} differ; expected the same settings, or the teacher would see another image")
+
+
+def longest_prompt(configs: Sequence[Any], wanted: int, answer: int) -> int:
+    """How many tokens a prompt may have: `wanted`, or what the shortest context of the models leaves beside an `answer` of so many."""
+    contexts = [context for config in configs if (context := getattr(config.get_text_config(), "max_position_embeddings", None))]
+    left = min(contexts, default=wanted + answer) - answer
+    if left < 1:
+        raise RecipeError(f"'answers.max_tokens' is {answer}, and the models read {left + answer} tokens in all; expected room for a prompt, lower it")
+    return min(wanted, left)
 
 
 def exact_dtype(folder: Path, wanted: torch.dtype) -> torch.dtype:

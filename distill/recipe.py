@@ -39,6 +39,7 @@ class Data:
     train: Path
     validation: Path
     limit: int | None = None
+    max_skipped: float = 0.1  # share of a file's questions that may be unusable: an image that can't be read, a prompt that is too long
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch"), 1),
     **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
-    **dict.fromkeys(("train.warm_up", "train.weight_decay"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay", "data.max_skipped"), 0),
 }
 _POSITIVE = ("train.learning_rate", "train.clip", "answers.top_p", "answers.repetition_penalty", "mask.step")
 
@@ -291,6 +292,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("the recipe has no teacher; expected at least one under 'teachers'")
     if answers.teacher + answers.student + answers.truth < 1:
         raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
+    if recipe.data.max_skipped > 1:
+        raise RecipeError(f"'data.max_skipped' is {recipe.data.max_skipped}; expected at most 1, the share of questions that may be skipped")
     if answers.top_p > 1:
         raise RecipeError(f"'answers.top_p' is {answers.top_p}; expected at most 1, the share of probability to draw from")
     for expression in recipe.mask.exclude:

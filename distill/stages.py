@@ -38,6 +38,7 @@ from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct, read_responses, write_responses
 from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
+from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
 from .train import MetricsLog, Step, Trainer, plan_steps
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
@@ -69,6 +70,7 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
     run = _Run(recipe)  # reads only, and refuses what does not fit before anything is written
     with locked(recipe.out):
+        write_skipped(recipe.out / SKIPPED, run.skipped)  # which questions there are is part of what is claimed
         claim(recipe)
         run.plan()
         if until == "check" or (recipe.out / "student").exists():  # what comes last
@@ -95,13 +97,18 @@ class _Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.out = recipe, recipe.out
-        self.validation = read_samples(recipe.data.validation)
-        self.shares = plan_shares(recipe, read_samples(recipe.data.train, recipe.data.limit))
+        data = recipe.data
+        files = {"train": DataFile(data.train, read_samples(data.train, data.limit)), "validation": DataFile(data.validation, read_samples(data.validation))}
         for teacher in recipe.teachers:
             models.check_pair(teacher.model, recipe.student)
         configs = [models.read_config(folder) for folder in (recipe.student, *(teacher.model for teacher in recipe.teachers))]
         self.family = family_of(configs[0].model_type)
-        self.encoder = Encoder(models.load_processor(recipe.student), recipe.longest, positions=self.family.positions)
+        longest = models.longest_prompt(configs, recipe.longest, recipe.answers.max_tokens)
+        self.encoder = Encoder(models.load_processor(recipe.student), longest, positions=self.family.positions)
+        with_answer = longest + recipe.answers.max_tokens if recipe.answers.truth else None
+        self.skipped = look_through(recipe.out / SKIPPED, files, self.encoder, with_answer, data.max_skipped)
+        self.validation = without(files["validation"].samples, "validation", self.skipped)
+        self.shares = plan_shares(recipe, without(files["train"].samples, "train", self.skipped))
         self.shared = all(map(shares_prompts, configs))
         if not self.shared:
             say(f"{configs[0].model_type} has recurrent or windowed layers: every response is read with a prompt of its own, which costs more")
@@ -109,8 +116,8 @@ class _Run:
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
-        prompt = self.encoder.prompt(self.shares[0].samples[0])  # a prompt that can't be read is found before any work
         if configs[0].model_type not in SUPPORTED:
+            prompt = self.encoder.prompt(self.shares[0].samples[0])
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
 
     def plan(self) -> None:
@@ -121,7 +128,8 @@ class _Run:
             for i, (ratio, bounds) in enumerate(zip(share.ratios, share.bounds, strict=True))
         ]
         signal = [self._signal_plan(share) for share in self.shares] if needs_teacher(self.recipe.objective) else []
-        planned = {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation)}
+        left_out = {name: counts([row for row in self.skipped if row.file == name]) for name in ("train", "validation")}
+        planned = {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation), "skipped": left_out}
         write_json(self.out / "plan.json", planned | {"teacher_signal": {"kind": self.recipe.teacher_signal, "teachers": signal}})
 
     def _signal_plan(self, share: Share) -> dict[str, Any]:

@@ -91,6 +91,13 @@ def test_the_cache_holds_no_more_than_its_bytes(processor: Any, samples: list[Sa
     assert not tiny._cache
 
 
+def test_a_prompt_remembered_by_generation_can_be_trained_on(processor: Any, samples: list[Sample]):
+    encoder = Encoder(processor)
+    with torch.inference_mode():
+        prompt = encoder.prompt(samples[0])
+    assert not any(tensor.is_inference() for tensor in (prompt.ids, *prompt.pixels.values()))
+
+
 def test_two_files_of_questions_may_use_the_same_ids(processor: Any, samples: list[Sample]):
     """Training and validation questions without ids are both numbered from 0."""
     encoder = Encoder(processor)

@@ -29,6 +29,7 @@ from masters.distill.inputs import Encoder, Prompt
 from masters.distill.mask import maskable
 from masters.distill.models import check_pair, check_rules, freeze_vision, load_processor, without_videos
 from masters.distill.objective import Heads, row_stats
+from masters.distill.skipped import PROBES, _Lengths
 from masters.errors import ModelError
 from masters.samples import Sample
 
@@ -224,6 +225,29 @@ def test_the_packed_forward_is_the_models_own(name: str, shared: bool):
     worst["gradient"] = max(scaled.values())
     print(name, shared, worst)
     assert all(value < TOLERANCE for value in worst.values()), worst
+
+
+def test_lengths_computed_from_image_sizes_are_the_processors_own(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is encoded once the first lengths have proved exact, and those of other shapes are exact as well."""
+    lengths = _Lengths(encoder(name))
+    shapes = [(40, 40), (97, 31), (31, 97), (64, 64), (200, 20), (33, 90), (128, 64), (20, 20), (61, 59)]
+    samples = [Sample(str(i), (picture(w, h, i),), "which shape is it?" * (i + 1)) for i, (w, h) in enumerate(shapes)]
+    samples += [Sample(f"none {i}", (), "no image " * i) for i in range(PROBES + 2)]
+    samples += [Sample(f"two {i}", (picture(50, 40, i), picture(40, 80 + i, i)), "which?") for i in range(PROBES + 2)]
+    exact = [len(encoder(name).encode(sample).ids) for sample in samples]
+    encoded: list[str] = []
+    real = lengths.encoder.encode
+
+    def encode(sample: Sample) -> Prompt:
+        encoded.append(sample.id)
+        return real(sample)
+
+    monkeypatch.setattr(lengths.encoder, "encode", encode)
+    sizes = [[Image.open(io.BytesIO(image)).size[::-1] for image in sample.images if isinstance(image, bytes)] for sample in samples]
+    assert [lengths.of(sample, size) for sample, size in zip(samples, sizes, strict=True)] == exact
+    few = [*map(str, range(PROBES)), *(f"none {i}" for i in range(PROBES))]
+    # LLaVA-OneVision gives several images no tiles, which its rule does not know.
+    assert encoded == few + [f"two {i}" for i in range(PROBES + 2 if name == "llava_onevision" else PROBES)]
 
 
 def test_greedy_answers_are_transformers_token_for_token(name: str):

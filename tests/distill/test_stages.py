@@ -78,7 +78,7 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     out = distill(recipe)
     assert out == recipe.out
     found = {path.name for path in out.iterdir()} - {".lock"}
-    assert found == {"recipe.yaml", "plan.json", "mask-0.json", "responses", "metrics.jsonl", "checkpoints", "report.html", "student"}
+    assert found == {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses", "metrics.jsonl", "checkpoints", "report.html", "student"}
     samples = read_samples(recipe.data.train, 12)
     expected = {"teacher": recipe.answers.teacher, "student": recipe.answers.student}
     for source, count in expected.items():
@@ -188,7 +188,7 @@ def test_keeping_the_best_weights_instead_of_the_last(raw: dict[str, Any], monke
 def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
     whole = distill(recipe_of(raw, out=raw["out"] + "-whole"))
     expected = {
-        "check": {"recipe.yaml", "plan.json"},
+        "check": {"recipe.yaml", "skipped.jsonl", "plan.json"},
         "mask": {"mask-0.json"},
         "answers": {"responses"},
         "train": {"metrics.jsonl", "checkpoints"},
@@ -365,11 +365,72 @@ def test_a_loss_that_is_no_number_names_the_questions_and_keeps_the_last_checkpo
     assert not (recipe.out / "student").exists()
 
 
-def test_a_truncated_image_is_one_line_and_finished_answers_stay(raw: dict[str, Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def spoilt(raw: dict[str, Any], questions: Path, tmp_path: Path) -> dict[str, Any]:
+    """The recipe on 40 questions and 8 of validation, of which two and one can't be used: an image cut short, one missing, a question too long."""
+    data = tmp_path / "data"
+    shutil.copytree(questions, data)
+    paths = {name: data / f"{name}.jsonl" for name in ("train", "validation")}
+    train, validation = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths.values())
+    cut = data / "cut.png"
+    cut.write_bytes((data / train[3]["images"][0]).read_bytes()[:-30])
+    train[3]["images"], train[10]["images"] = ["cut.png"], ["absent.png"]
+    validation[2]["question"] *= 200
+    for path, rows in zip(paths.values(), (train, validation), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return raw | {"data": {name: str(path) for name, path in paths.items()} | {"max_skipped": 0.2}, "train": raw["train"] | {"questions_per_step": 10}}
+
+
+@pytest.mark.parametrize("preset", ["default", "sft"])
+def test_rows_that_cant_be_used_are_left_out_everywhere(preset: str, spoilt: dict[str, Any], capfd: pytest.CaptureFixture[str]):
+    out = distill(recipe_of(spoilt, preset=preset))
+    rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["reason"]) for row in rows] == [("train", "damaged image"), ("train", "missing image"), ("validation", "too long")]
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["skipped"] == {"train": {"missing image": 1, "damaged image": 1}, "validation": {"too long": 1}}
+    assert (sum(stage["questions"] for stage in plan["stages"]), plan["validation"]) == (38, 7)
+    assert "2 of 40 train questions are skipped: missing image 1, damaged image 1; their ids stand in" in capfd.readouterr().err
+    assert not {row["id"] for row in rows} & {row["sample"] for row in answers_of(out)}
+    assert sum(row["questions"] for row in rows_of(out, "step")) == 38
+    accuracy = rows_of(out, "evaluation")[0]["validation_accuracy"]
+    assert accuracy * 7 == pytest.approx(round(accuracy * 7)), "a mean over seven questions"
+
+
+def test_a_run_continues_with_the_rows_that_it_began_with(spoilt: dict[str, Any], tmp_path: Path):
+    """An image that comes later is of no use to a run that began without it, nor to its answers."""
+    shared = str(tmp_path / "shared")
+    recipe = recipe_of(spoilt, buffer=shared)
+    out = distill(recipe, until="answers")
+    before = (out / "plan.json").read_bytes()
+    folder = recipe.data.train.parent
+    shutil.copyfile(next(folder.rglob("*[0-9].png")), folder / "absent.png")
+    distill(recipe)
+    assert (out / "plan.json").read_bytes() == before
+    (out / "skipped.jsonl").unlink()
+    with pytest.raises(RunError, match="fingerprints differ"):
+        distill(recipe)
+    with pytest.raises(RunError, match=r"buffer of responses .*fingerprints differ"):
+        distill(recipe_of(spoilt, buffer=shared, out=str(tmp_path / "second")))
+
+
+def test_more_bad_rows_than_the_recipe_allows_stop_the_run_before_it_begins(spoilt: dict[str, Any]):
+    with pytest.raises(
+        DataError, match=r"2 of 40 questions in .*train\.jsonl can't be used \(missing image 1, damaged image 1\); at most 4% are skipped"
+    ) as caught:
+        distill(recipe_of(spoilt, data__max_skipped=0.04))
+    one_line(caught)
+    assert not Path(spoilt["out"]).exists()
+    distill(recipe_of(spoilt), until="check")
+
+
+def test_an_image_that_goes_bad_later_is_one_line_and_finished_answers_stay(
+    raw: dict[str, Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     data = tmp_path / "data"
     shutil.copytree(questions, data)
     recipe = recipe_of(raw, data={"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "limit": 12})
     monkeypatch.setattr(stages, "QUESTIONS_PER_FILE", 3)
+    distill(recipe, until="check")
     last = stages.plan_shares(recipe, read_samples(recipe.data.train, 12))[0].samples[11]
     image = last.images[0]
     assert isinstance(image, Path)
