@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masters.distill import objective as objective_module
-from masters.distill.objective import DIVERGENCES, Heads, ObjectiveWeights, divergence, k3, loss, row_stats
+from masters.distill.objective import DIVERGENCES, Heads, ObjectiveWeights, loss, row_stats
+from masters.distill.token_stats import CHUNK_BYTES, divergence, k3
 
 LENGTHS = (1, 4, 7, 2, 1)
 VOCABULARY, WIDTH, TEACHER_WIDTH = 37, 6, 9
@@ -311,7 +312,7 @@ def test_no_tensor_grows_with_the_number_of_tokens(tokens: int):
     assert seen.elements == chunk * vocabulary, "the logits of one chunk, forward and backward"
 
 
-def kept_for_backward(tokens: int, vocabulary: int, chunk: int) -> int:
+def kept_for_backward(evaluate: Callable[[], Tensor]) -> int:
     """How many numbers the graph of one evaluation holds on to."""
     kept: dict[int, int] = {}
 
@@ -319,15 +320,52 @@ def kept_for_backward(tokens: int, vocabulary: int, chunk: int) -> int:
         kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    heads = Heads(torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4), torch.randn(tokens, 4), torch.randn(vocabulary, 4))
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        stats = row_stats(heads, torch.zeros(tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long), 1, "jsd", "k3", chunk=chunk)
-        assert stats.divergence.requires_grad
+        assert evaluate().requires_grad
     return sum(kept.values())
 
 
-def test_logits_are_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
+def test_logits_are_not_kept_for_the_backward_pass():
     tokens, vocabulary, chunk = 256, 2000, 16
-    assert kept_for_backward(tokens, vocabulary, chunk) < chunk * vocabulary
-    monkeypatch.setattr(objective_module, "checkpoint", lambda function, *args, use_reentrant: function(*args))
-    assert kept_for_backward(tokens, vocabulary, chunk) > tokens * vocabulary, "without recomputation they are, so this would show"
+    student, head, teacher, teacher_head = torch.randn(tokens, 4, requires_grad=True), *(torch.randn(n, 4) for n in (vocabulary, tokens, vocabulary))
+    none = torch.zeros(tokens, dtype=torch.long)
+    kept = kept_for_backward(lambda: row_stats(Heads(student, head, teacher, teacher_head), none, none, 1, "jsd", "k3", chunk=chunk).divergence)
+    assert kept < chunk * vocabulary
+    plain = kept_for_backward(lambda: divergence("jsd", (teacher @ teacher_head.T).log_softmax(-1), (student @ head.T).log_softmax(-1)))
+    assert plain > tokens * vocabulary, "a plain evaluation keeps them, so this would show"
+
+
+def test_without_a_chunk_size_the_logits_of_a_chunk_fill_its_bytes(monkeypatch: pytest.MonkeyPatch):
+    tokens, vocabulary = 100, 4000
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * 4 * vocabulary)
+    heads = Heads(torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True))
+    none = torch.zeros(tokens, dtype=torch.long)
+    with LargestTensor() as seen:
+        row_stats(heads, none, none, 1, "jsd", "k3").logprob.sum().backward()
+    assert seen.elements == 7 * vocabulary
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1)
+    assert row_stats(heads, none[:1], none[:1], 1, "jsd", "k3").logprob.shape == (1,), "one token at least"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_sums_and_gradients_are_float32_and_types_are_kept(autocast: bool):
+    """bfloat16 states and matrices, and float32 ones under autocast, against float64 on the rounded values."""
+    rounded = case(torch.bfloat16, scale=0.5)
+    c = rounded if not autocast else case(scale=0.5)
+    inputs, advantage = [c.heads.student, c.heads.student_head], torch.linspace(-1, 1, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        stats = row_stats(c.heads, c.tokens, c.rows, len(LENGTHS), "jsd", "full")
+        distill, rest = loss(stats, advantage, torch.full((5,), 0.2), ObjectiveWeights())
+    found = torch.autograd.grad(distill + rest, inputs)
+    assert [g.dtype for g in found] == [t.dtype for t in inputs]
+
+    exact = case(torch.float64, scale=0.5)
+    for name in ("student", "student_head", "teacher", "teacher_head", "initial", "initial_head"):
+        getattr(exact.heads, name).data.copy_(getattr(rounded.heads, name).data)
+    logs = [torch.log_softmax(h @ m.T, -1) for h, m in zip(*[iter(vars(exact.heads).values())] * 2, strict=True)]
+    each = [divergence("jsd", logs[1], logs[0]), logs[0].gather(1, exact.tokens[:, None])[:, 0], (logs[0].exp() * (logs[0] - logs[2])).sum(-1)]
+    apart, own, drift = (torch.stack([x[exact.rows == j].mean() for j in range(5)]) for x in each)
+    wanted = torch.autograd.grad((0.2 * (apart - advantage * own + 0.1 * drift)).sum(), [exact.heads.student, exact.heads.student_head])
+    assert torch.allclose(stats.divergence.double(), apart, atol=5e-3)
+    for g, w in zip(found, wanted, strict=True):
+        assert float((g.double() - w).norm() / w.norm()) < 0.01
