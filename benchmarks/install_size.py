@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +34,10 @@ def download(report: Path, folder: Path) -> float:
     return sum(wheel.stat().st_size for wheel in folder.iterdir()) / MB
 
 
-def weigh(environment: Path) -> tuple[Counter[str], float]:
+def weigh(environment: Path) -> tuple[dict[str, float], float]:
     """MB by distribution without bytecode, and MB of bytecode."""
     packages = next(environment.glob("lib/python*/site-packages"))
-    sizes: Counter[str] = Counter()
+    sizes: dict[str, float] = defaultdict(float)
     for found in importlib.metadata.distributions(path=[str(packages)]):
         for file in found.files or ():
             path = Path(str(found.locate_file(file)))
@@ -54,7 +54,7 @@ def main() -> None:
         sizes, bytecode = weigh(place / "env")
     print(f"{platform.system()} {platform.machine()}, Python {platform.python_version()}: {len(sizes)} packages")
     print(f"to download {fetched:.0f} MB, on disk {sum(sizes.values()):.0f} MB, with bytecode {sum(sizes.values()) + bytecode:.0f} MB")
-    for name, size in sizes.most_common():
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{size:8.1f}  {name}")
 
 

@@ -20,13 +20,14 @@ from ..distill import models
 from ..distill.evaluate import greedy_answers, measure_latency, scores
 from ..distill.inputs import Encoder
 from ..distill.recipe import read_recipe
-from ..distill.report import Example, Table, write_report
+from ..distill.report import write_report
 from ..distill.stages import distill
 from ..errors import MastersError
 from ..export import ExportConfig, export
 from ..export.bundle import open_bundle
 from ..files import read_json, write_json, write_text
 from ..manifest import read_manifest
+from ..page import Example, Table
 from ..progress import say
 from ..runtime import load
 from ..runtime.check import CheckConfig, check

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masters.distill.report import METRICS, Example, Table, read_run, write_report
+from masters.distill.report import METRICS, read_run, write_report
 from masters.errors import ImageError, RunError
+from masters.page import Example, Table
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 

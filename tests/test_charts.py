@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from masters.distill.charts import Axis, Chart, Curve, Line, draw, linear_axis, log_axis, number, safe, smooth, usual_range, window
+from masters.charts import Axis, Chart, Curve, Line, draw, linear_axis, log_axis, number, safe, smooth, usual_range, window
 
 
 def _parse(svg: str) -> ElementTree.Element:

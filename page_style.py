@@ -1,4 +1,4 @@
-"""The style sheet of report.html. Colours are named once for each scheme; --run is the colour of the run that a thing belongs to."""
+"""The style sheet of pages that open from disk. Colours are named once for each scheme; --run is the colour of the run that a thing belongs to."""
 
 STYLE = """
 :root{color-scheme:light dark;--page:#fcfcfa;--raised:#fff;--ink:#1a1c1f;--muted:#5b6168;--rule:#dfe0dc;--faint:#ecece8;--link:#0b5cad;
