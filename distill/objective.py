@@ -10,6 +10,7 @@ Shapes: N response tokens of all rows, J rows (distinct responses), V common voc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,9 +31,8 @@ class Heads:
     initial_head: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RowStats:
-    """Means over each row's tokens, [J] float32; gradients flow through the student only."""
+class RowStats(NamedTuple):
+    """Means over each row's tokens, [J] float32; gradients flow through the student only. A tuple, so that torch's wrappers see its tensors."""
 
     divergence: Tensor
     logprob: Tensor

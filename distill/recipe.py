@@ -100,6 +100,8 @@ class Train:
     weight_decay: float = 0.0
     clip: float = 1.0
     questions_per_step: int = 32
+    accumulate: int = 1  # parts that a step's questions are computed in, one after the other, in each process
+    gradient_checkpointing: bool = False
     epochs: int = 1
     dtype: str = "bfloat16"
     freeze_vision: bool = True
@@ -107,6 +109,18 @@ class Train:
     checkpoint_steps: int = 100
     evaluate_batch: int = 128
     seed: int | None = None  # of the order of questions within a stage; the recipe's seed where none is given
+    shard_teacher: bool | None = None  # a share of the teacher in each process; None: if the student is in shares
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, trained in place of the student's weights."""
+
+    rank: int = 16
+    alpha: int = 32  # adapters count alpha / rank
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()  # regular expressions of layer names; empty: the language model's linear layers
+    keep_adapter: bool = False  # whether adapter/ is written beside student/
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,7 @@ class Recipe:
     mask: Mask = field(default_factory=Mask)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
+    lora: Lora | None = None  # None: full fine-tuning
     teacher_signal: str = "live"  # live: the teacher stays in memory; cached: its states are kept in files, and it leaves
     buffer: Path | None = None  # folder of responses and cached signal, for runs that share them; out/responses and out/teacher otherwise
     longest: int = 4096  # tokens of a prompt with its images
@@ -161,12 +176,12 @@ _CHOICES = {
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("data.limit", "longest", "answers.batch", "answers.max_tokens"), 1),
-    **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch"), 1),
+    **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch", "train.accumulate", "lora.rank"), 1),
     **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
-    **dict.fromkeys(("train.warm_up", "train.weight_decay", "data.max_skipped"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay", "data.max_skipped", "lora.dropout"), 0),
 }
-_POSITIVE = ("train.learning_rate", "train.clip", "answers.top_p", "answers.repetition_penalty", "mask.step")
+_POSITIVE = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -296,8 +311,11 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"'data.max_skipped' is {recipe.data.max_skipped}; expected at most 1, the share of questions that may be skipped")
     if answers.top_p > 1:
         raise RecipeError(f"'answers.top_p' is {answers.top_p}; expected at most 1, the share of probability to draw from")
-    for expression in recipe.mask.exclude:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise RecipeError(f"'mask.exclude' holds '{expression}', which is no regular expression ({error}); mend it, dots are written \\.") from None
+    if recipe.lora and recipe.lora.dropout >= 1:
+        raise RecipeError(f"'lora.dropout' is {recipe.lora.dropout}; expected less than 1, the share of an adapter's inputs to leave out")
+    for key, expressions in {"mask.exclude": recipe.mask.exclude, "lora.targets": recipe.lora.targets if recipe.lora else ()}.items():
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise RecipeError(f"'{key}' holds '{expression}', which is no regular expression ({error}); mend it, dots are written \\.") from None

@@ -30,6 +30,7 @@ from ..files import whole_file
 from ..samples import Sample
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import CollatePixels, Encoder
+from .parallel import STAND_IN, head_of, within
 from .responses import DistinctResponse
 
 FORWARD_TOKENS = 1 << 14  # padded tokens that the teacher reads at once
@@ -172,6 +173,9 @@ class CachedSignal:
         """
         states, heads = [], set()
         for sample, responses in itertools.groupby(batch.responses, key=lambda response: response[0]):
+            if sample == STAND_IN.id:  # nothing is learned from it: any state does
+                states.append(self._files[0].states(0, [()]))
+                continue
             try:
                 file, number = self._places[sample]
                 states.append(file.states(number, [ids for _, ids in responses]))
@@ -179,7 +183,7 @@ class CachedSignal:
                 folder = self._files[0].path.parent if self._files else "its folder"
                 raise RunError(f"the teacher's signal in {folder} lacks a response to question '{sample}'; remove it, and it is computed again") from None
             heads.add((file.head, file.mark))
-        [(head, mark)] = heads  # one mask stage, one head
+        [(head, mark)] = heads or {(self._files[0].head, self._files[0].mark)}  # one mask stage, one head
         return torch.cat(states).to(self.device), self._head_in(head, mark)
 
     def _head_in(self, path: Path, mark: str) -> Tensor:
@@ -195,7 +199,7 @@ def teacher_states(teacher: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """The states [N, hidden] at a batch's response tokens and the output matrix [V, hidden], of a cached teacher or of one in memory."""
     if isinstance(teacher, CachedSignal):
         return teacher.read(batch)
-    return response_states(teacher, batch), teacher.get_output_embeddings().weight
+    return within(teacher, response_states, batch), head_of(teacher)
 
 
 class _File:

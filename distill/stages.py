@@ -24,7 +24,8 @@ from ..errors import RecipeError, RunError
 from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample, read_samples
-from . import models
+from . import lora, models
+from .checkpoint import read_checkpoint, set_weights
 from .claims import answers_values, claim, claim_file, digest, locked
 from .evaluate import greedy_answers, scores
 from .families import SUPPORTED, family_of, shares_prompts
@@ -302,13 +303,11 @@ class _Run:
         target = self.out / "student"
         if target.exists():
             return
-        trainer = self._trainer()
-        if self.recipe.train.keep == "best":
-            trainer.load_best()
         self._report()
+        student = self._trained_student()
         with whole_folder(target) as part:
             try:
-                trainer.student.to(torch.bfloat16).save_pretrained(part)
+                student.save_pretrained(part)
             except SafetensorError as error:  # what safetensors makes of a full disk
                 raise OSError(str(error).splitlines()[0]) from error
             self.encoder.processor.save_pretrained(part)
@@ -317,6 +316,20 @@ class _Run:
                     shutil.copyfile(self.recipe.student / name, part / name)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
         say(f"student written to {target}")
+
+    def _trained_student(self) -> Any:
+        """The last or the best weights in bfloat16, adapters merged."""
+        student = models.load_model(self.recipe.student, torch.float32)
+        kept = {"last": "last.pt", "best": "best.pt"}[self.recipe.train.keep]
+        weights = read_checkpoint(self.out / "checkpoints" / kept)["student"]
+        if not self.recipe.lora:
+            set_weights(student, weights)
+            return student.to(torch.bfloat16)
+        adapted = lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
+        set_weights(student, weights)
+        if self.recipe.lora.keep_adapter:
+            lora.write_adapter(adapted, self.out / "adapter", self.recipe.student)
+        return adapted.merge_and_unload().to(torch.bfloat16)
 
     def _report(self) -> None:
         reached = [row["validation_accuracy"] for row in read_run(self.out) if row["kind"] == "evaluation"]
@@ -336,7 +349,9 @@ class _Run:
 
     def _load_student(self) -> Any:
         student = models.load_model(self.recipe.student, torch.float32).to(models.device())
-        if self.recipe.train.freeze_vision:
+        if self.recipe.lora:
+            lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
+        elif self.recipe.train.freeze_vision:
             models.freeze_vision(student)
         return student
 

@@ -7,33 +7,40 @@ was killed continues from its checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import RunError
 from ..files import whole_file
 from ..samples import Sample
-from . import rewards
+from . import ranks, rewards
+from .checkpoint import optimizer_state, read_checkpoint, set_optimizer_state, set_weights, trained_weights, write_checkpoint
 from .claims import training_mark
-from .families import family_of
+from .families import SUPPORTED, family_of
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import Encoder
+from .lora import without_adapters
 from .objective import Heads, ObjectiveWeights, RowStats, loss, row_stats
+from .parallel import STAND_IN, Hooked, head_of, place, sharding, unsynced, whole, with_gradients, within
 from .recipe import Objective, Recipe
 from .responses import DistinctResponse
 from .signal import teacher_states
 
-NORMS_EVERY = 20  # steps between measurements of both parts' gradient norms, which take a second backward pass
+NORMS_EVERY = 20  # steps between measurements of both parts' gradient norms, for which the step is computed twice
+
+Pair = tuple[Tensor | None, Tensor | None]  # hidden states [N, H] and the output matrix [V, H]
 
 
 @dataclass(frozen=True)
@@ -67,19 +74,25 @@ def rate_at(step: int, total: int, schedule: str, warm_up: int) -> float:
 
 
 class Trainer:
-    """A student in training: its optimizer, its frozen starting point where a KL needs one, and its place in the run."""
+    """A student in training: its optimizer, its frozen starting point where a KL needs one, and its place in the run.
+
+    Of several processes each computes its part of a step's questions; losses, gradients and figures are those of all of them.
+    """
 
     def __init__(self, student: Any, encoder: Encoder, recipe: Recipe, total_steps: int, folder: Path, shared: bool = True) -> None:
-        self.recipe, self.encoder, self.folder, self.shared = recipe, encoder, folder, shared
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.recipe, self.encoder, self.folder, self.shared, self.total_steps = recipe, encoder, folder, shared, total_steps
+        dtype, sharded = getattr(torch, recipe.train.dtype), sharding() is not None
         self.collate = family_of(student.config.model_type).collate_pixels
-        self.initial = copy.deepcopy(student).to(getattr(torch, recipe.train.dtype)).eval().requires_grad_(False) if recipe.objective.beta else None
+        self.initial: Hooked | None = None
+        if recipe.objective.beta and not recipe.lora:  # without its adapters, a student that has some is as it was
+            self.initial = place(copy.deepcopy(student).to(dtype).eval().requires_grad_(False), dtype, sharded)
         self.student = student
-        trained = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total_steps, recipe.train.schedule, recipe.train.warm_up))
-        self.optimizer, self.schedule = self.accelerator.prepare(optimizer, schedule)
-        self.trained = trained
+        if recipe.train.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.hooked = place(student, dtype, sharded)
+        self.wrapped = with_gradients(self.hooked, all_used=recipe.train.freeze_vision and student.config.model_type in SUPPORTED)
+        self.trained = [p for p in student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
         self.done = 0  # steps
         self.best = -1.0  # validation accuracy
 
@@ -87,92 +100,127 @@ class Trainer:
         """One update; returns its row for metrics.jsonl. Raises RunError, naming the questions, if loss or gradient is not finite."""
         started = time.monotonic()
         chosen = [samples[i] for i in step.questions if responses.get(samples[i].id)]
-        groups = [responses[sample.id] for sample in chosen]
-        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g), s.id) for s, g in zip(chosen, groups, strict=True)]
-        packed = pack(asked, self.encoder.pad, self.collate, self.shared)
-        batch = move(packed, self.accelerator.device)
         self.student.train()
-        with self.autocast():
-            stats = self._stats(batch, teacher)
-        shaped = shape_rewards(groups, stats, self.recipe.objective)
-        distill, rest = loss(stats, shaped.advantage, shaped.weights, weights_of(self.recipe.objective), shaped.distill_on)
-        value = float((distill + rest).detach())
-        _check_finite("loss", value, step, chosen)
-        norms = self._backward(distill, rest, measure=step.number % NORMS_EVERY == 0)
-        norms["grad_norm"] = float(self.accelerator.clip_grad_norm_(self.trained, self.recipe.train.clip))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.train.learning_rate * rate_at(step.number, self.total_steps, self.recipe.train.schedule, self.recipe.train.warm_up)
+        passes = ("distill", "rest") if step.number % NORMS_EVERY == 0 and _has_both_parts(self.recipe.objective) else ("all",)
+        gradients: list[list[Tensor | None]] = []
+        norms: dict[str, float] = {}
+        for part in passes:
+            figures = self._gradients(step, chosen, responses, teacher, part)
+            _check_finite("loss", figures["loss"], step, chosen)
+            gradients.append([p.grad for p in self.trained])
+            if len(passes) > 1:
+                found = torch.nn.utils.get_total_norm([gradient for gradient in gradients[-1] if gradient is not None])
+                norms["grad_norm_distill" if part == "distill" else "grad_norm_policy"] = float(whole(found))
+            self.optimizer.zero_grad(set_to_none=True)
+        for parameter, *parts in zip(self.trained, *gradients, strict=True):
+            parameter.grad = _sum([gradient for gradient in parts if gradient is not None])
+        norms["grad_norm"] = float(whole(torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip)))
         _check_finite("gradient's norm", norms["grad_norm"], step, chosen)
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step.number + 1
-        row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": value, "loss_distill": float(distill.detach()), **norms}
-        return row | _describe(stats, shaped, groups) | {"seconds": time.monotonic() - started, "questions": len(chosen)}
+        row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": figures.pop("loss"), "loss_distill": figures.pop("loss_distill")}
+        return row | norms | figures | {"seconds": time.monotonic() - started, "questions": len(chosen)}
 
     def autocast(self) -> torch.autocast:
         """Computing in the recipe's type with float32 weights: an update of 1e-6 would be lost in a bfloat16 weight."""
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.train.dtype == "bfloat16")
+        return torch.autocast(ranks.device().type, torch.bfloat16, enabled=self.recipe.train.dtype == "bfloat16")
+
+    def _gradients(self, step: Step, chosen: Sequence[Sample], responses: Mapping[str, Any], teacher: Any | None, part: str) -> dict[str, float]:
+        """Leave the gradient of one part of the loss, or of all of it, in the weights; returns the figures of the step, over all processes."""
+        count, ours = ranks.count(), self.recipe.objective
+        # All processes take as many turns, though the last of a stage's questions may leave some without any.
+        turns = max(1, min(self.recipe.train.accumulate, -(-len(chosen) // count)))
+        sums: dict[str, float] = defaultdict(float)
+        for turn in range(turns):
+            mine = chosen[turn * count + ranks.index() :: turns * count]
+            groups = [responses[sample.id] for sample in mine]
+            batch = self._pack(mine, groups)
+            torch.manual_seed(_seed(self.recipe.seed, step.number, turn, ranks.index()))  # dropout continues as it would have
+            with nullcontext() if turn == turns - 1 else unsynced(self.wrapped):
+                with self.autocast():
+                    stats = self._stats(batch, teacher)
+                asked = RowStats(*(values[: sum(map(len, groups))] for values in stats))
+                shaped = shape_rewards(groups, asked, ours, len(chosen))
+                distill, rest = loss(asked, shaped.advantage, shaped.weights, weights_of(ours), shaped.distill_on)
+                # Processes' gradients are averaged, and the loss is a mean over the questions of all.
+                (count * {"distill": distill, "rest": rest, "all": distill + rest}[part]).backward()
+            figures = _describe(asked, shaped, groups) | {"loss": float((distill + rest).detach()), "loss_distill": float(distill.detach())}
+            for name, value in figures.items():
+                sums[name] += value
+        return _figures(sums)
+
+    def _pack(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]]) -> PackedBatch:
+        """A batch of this process's questions.
+
+        Where processes work together, a picture that nothing is learned from stands behind them if they have none: every part of the model then computes,
+        and gets gradients, in every process, and none waits for another that left a part out.
+        """
+        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g), s.id) for s, g in zip(samples, groups, strict=True)]
+        if not samples or (ranks.count() > 1 and not any(sample.images for sample in samples)):
+            asked.append(Group(self.encoder.prompt(STAND_IN), ((self.encoder.eos,),), STAND_IN.id))
+        return move(pack(asked, self.encoder.pad, self.collate, self.shared), ranks.device())
 
     def _stats(self, batch: PackedBatch, teacher: Any | None) -> RowStats:
-        objective = self.recipe.objective
         with torch.no_grad():
-            theirs, their_head = (None, None) if teacher is None else teacher_states(teacher, batch)
-            initial = None if self.initial is None else response_states(self.initial, batch)
-        heads = Heads(response_states(self.student, batch), _head(self.student), theirs, their_head, initial, _head(self.initial))
-        return row_stats(heads, batch.tokens, batch.rows, batch.count, objective.divergence, objective.kl)
+            theirs = (None, None) if teacher is None else teacher_states(teacher, batch)
+            initial = self._initial_states(batch)
+        found: RowStats = self.wrapped(_student_stats, batch, theirs, initial, self.recipe.objective)
+        return found
 
-    def _backward(self, distill: Tensor, rest: Tensor, measure: bool) -> dict[str, float]:
-        if not (measure and distill.requires_grad and rest.requires_grad):
-            self.accelerator.backward(distill + rest)
-            return {}
-        first = torch.autograd.grad(distill, self.trained, retain_graph=True, allow_unused=True)
-        second = torch.autograd.grad(rest, self.trained, allow_unused=True)
-        for parameter, a, b in zip(self.trained, first, second, strict=True):
-            parameter.grad = a if b is None else b if a is None else a + b
-        return {"grad_norm_distill": _norm(first), "grad_norm_policy": _norm(second)}
+    def _initial_states(self, batch: PackedBatch) -> Pair:
+        if not self.recipe.objective.beta:
+            return None, None
+        if self.initial is not None:
+            return within(self.initial, response_states, batch), head_of(self.initial)
+        with without_adapters(self.student):
+            return within(self.hooked, response_states, batch), None
 
     def save(self) -> None:
         """Write the checkpoint whole: weights, optimizer and place."""
-        state = {
-            "recipe": training_mark(self.recipe),
-            "step": self.done,
-            "best": self.best,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-        _write(self.folder / "last.pt", state)
+        weights, state = trained_weights(self.student), optimizer_state(self.student, self.optimizer)
+        at = {"recipe": training_mark(self.recipe), "step": self.done, "best": self.best}
+        write_checkpoint(self.folder / "last.pt", at | {"student": weights, "optimizer": state})
 
     def load(self) -> bool:
         """Continue from the checkpoint if there is one."""
         path = self.folder / "last.pt"
-        if not path.is_file():
+        if not ranks.agreed(path.is_file()):
             return False
-        try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise RunError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); remove the folder {self.folder} to train again from the answers") from None
+        state = read_checkpoint(path)
         if state["recipe"] != training_mark(self.recipe):
             raise RunError(f"{path} is another recipe's checkpoint; choose another 'out', or remove the folder {self.folder} to train from the answers")
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        set_weights(self.student, state["student"])
+        set_optimizer_state(self.student, self.optimizer, state["optimizer"])
         self.done, self.best = state["step"], state["best"]
         return True
 
     def save_best(self) -> None:
         """Keep the weights as they are now; the checkpoint that follows records that they were the best."""
-        _write(self.folder / "best.pt", self.student.state_dict())
-
-    def load_best(self) -> None:
-        self.student.load_state_dict(torch.load(self.folder / "best.pt", map_location=self.accelerator.device, weights_only=True))
+        write_checkpoint(self.folder / "best.pt", {"student": trained_weights(self.student)})
 
 
-def _write(path: Path, state: Mapping[str, Any]) -> None:
-    with whole_file(path) as part:
-        try:
-            torch.save(state, part)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(str(error).splitlines()[0][:120]) from error
+def _student_stats(model: Any, batch: PackedBatch, teacher: Pair, initial: Pair, objective: Objective) -> RowStats:
+    """What the student's forward computes as a whole, inside its hooks: its output matrix is gathered once for all chunks."""
+    head = model.get_output_embeddings().weight
+    if initial[0] is not None and initial[1] is None:  # a student with adapters: its output matrix is as it was
+        initial = initial[0], head
+    heads = Heads(response_states(model, batch), head, *teacher, *initial)
+    return row_stats(heads, batch.tokens, batch.rows, batch.count, objective.divergence, objective.kl)
+
+
+def _seed(*key: int) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "little")
+
+
+def _has_both_parts(objective: Objective) -> bool:
+    return objective.distill > 0 and max(objective.policy, objective.beta, objective.nll) > 0
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
+    return None if not gradients else gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
 
 
 @dataclass(frozen=True)
@@ -185,11 +233,15 @@ class Shaped:
     advantage: Tensor
     weights: Tensor
     distill_on: Tensor
-    zero_spread: float  # share of groups whose rewards are all equal
+    zero_spread: float  # groups whose rewards are all equal, as a share of the questions
 
 
-def shape_rewards(groups: Sequence[Sequence[DistinctResponse]], stats: RowStats, objective: Objective) -> Shaped:
-    """Rewards and advantages group by group; every question weighs the same, and in it every response, however often it was sampled."""
+def shape_rewards(groups: Sequence[Sequence[DistinctResponse]], stats: RowStats, objective: Objective, questions: int | None = None) -> Shaped:
+    """Rewards and advantages group by group; every question weighs the same, and in it every response, however often it was sampled.
+
+    `questions` is how many the loss is a mean over, if these groups are some of them only.
+    """
+    questions = questions or len(groups)
     device = stats.divergence.device
     verdicts = torch.tensor([[float("nan") if r.verdict is None else r.verdict for r in g][i] for g in groups for i in range(len(g))], device=device)
     counts = torch.tensor([float(r.count) for g in groups for r in g], device=device)
@@ -202,9 +254,9 @@ def shape_rewards(groups: Sequence[Sequence[DistinctResponse]], stats: RowStats,
         r = rewards.total_reward(verdicts[rows], d, objective.accuracy_reward, objective.reward_wrong)
         distillation[rows], total[rows] = d, r
         advantage[rows] = rewards.advantages(r, counts[rows], objective.advantages)
-        weights[rows] = counts[rows] / counts[rows].sum() / len(groups)
+        weights[rows] = counts[rows] / counts[rows].sum() / questions
         even += int(r.max() == r.min())
-    return Shaped(verdicts, distillation, total, advantage, weights, _distill_on(groups, verdicts, objective.distill_on), even / len(groups))
+    return Shaped(verdicts, distillation, total, advantage, weights, _distill_on(groups, verdicts, objective.distill_on), even / questions)
 
 
 def _check_finite(what: str, value: float, step: Step, samples: Sequence[Sample]) -> None:
@@ -235,7 +287,7 @@ def _spans(groups: Sequence[Sequence[DistinctResponse]]) -> Iterator[slice]:
 
 @torch.no_grad()
 def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[DistinctResponse]]) -> dict[str, float]:
-    """The figures of one step that tell whether training goes well."""
+    """What tells whether training goes well: figures that, summed over the parts of a step and all processes, are the step's own."""
     pairs = {"distillation": shaped.distillation, "total": shaped.total}
     row = {
         "divergence": float((shaped.weights * stats.divergence).sum()),
@@ -244,7 +296,8 @@ def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[Distinc
         "reward_accuracy": float((shaped.weights * shaped.accuracy.nan_to_num(0.0)).sum()),
         "reward_distillation": float((shaped.weights * shaped.distillation).sum()),
         "zero_spread": shaped.zero_spread,
-        "response_tokens": sum(len(r.ids) * r.count for g in groups for r in g) / sum(r.count for g in groups for r in g),
+        "response_tokens": float(sum(len(r.ids) * r.count for g in groups for r in g)),
+        "responses": float(sum(r.count for g in groups for r in g)),
     }
     for name, values in pairs.items():
         counted = [rewards.outranking(shaped.accuracy[rows], values[rows]) for rows in _spans(groups)]
@@ -252,12 +305,12 @@ def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[Distinc
     return row
 
 
-def _head(model: Any | None) -> Any:
-    return None if model is None else model.get_output_embeddings().weight
-
-
-def _norm(gradients: Sequence[Tensor | None]) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+def _figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a step from this process's sums."""
+    names = sorted(sums)
+    found = dict(zip(names, ranks.total(torch.tensor([sums[name] for name in names], dtype=torch.float64)).tolist(), strict=True))
+    found["response_tokens"] /= max(1.0, found.pop("responses"))
+    return found
 
 
 class MetricsLog:

@@ -177,7 +177,7 @@ def test_keeping_the_best_weights_instead_of_the_last(raw: dict[str, Any], monke
     out = distill(recipe_of(raw, preset="sft", mask={"enabled": True, "step": 0.2}, train__keep="best"))
     assert [row["validation_accuracy"] for row in rows_of(out, "evaluation")] == pytest.approx([0.1, 0.9, 0.9])
     student = AutoModelForImageTextToText.from_pretrained(out / "student", dtype="auto").state_dict()
-    best, last = torch.load(out / "checkpoints" / "best.pt"), torch.load(out / "checkpoints" / "last.pt")["student"]
+    best, last = torch.load(out / "checkpoints" / "best.pt")["student"], torch.load(out / "checkpoints" / "last.pt")["student"]
     assert all(torch.equal(student[name], tensor.to(torch.bfloat16)) for name, tensor in best.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 

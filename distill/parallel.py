@@ -1,0 +1,147 @@
+"""Where a model's weights are: whole in every process, whose gradients are averaged (DDP), or a share in each (FSDP2).
+
+accelerate's configuration chooses; torch wraps, since accelerate prepares one model with one optimizer, and here frozen models are in shares too.
+Either wrapper acts around a module's forward alone, so everything that reads weights runs inside one, that of `Hooked`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import RunError
+from ..samples import Sample
+from . import ranks
+
+
+def _white() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(picture, "PNG")
+    return picture.getvalue()
+
+
+# What a process looks at that has no picture of its own while others have. No question that was read has such an id.
+STAND_IN = Sample("\0", (_white(),), "?")
+
+
+class Hooked(nn.Module):
+    """A model behind one forward that applies any function to it: inside, its weights are whole, and what is computed there gets gradients."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._head: Tensor | None = None
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(self.model, *args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def frozen_head(self) -> Tensor:
+        """The output matrix of a model that is not trained, gathered once: chunk by chunk it would be asked for again and again."""
+        if self._head is None:
+            self._head = whole(self.model.get_output_embeddings().weight.detach())
+        return self._head
+
+
+def within(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(model, …)`, inside the model's hooks where it has any."""
+    return model(function, *args, **kwargs) if isinstance(model, Hooked) else function(model, *args, **kwargs)
+
+
+def head_of(model: Any | None) -> Tensor | None:
+    """The output matrix of a frozen model, if there is one."""
+    if model is None:
+        return None
+    return model.frozen_head if isinstance(model, Hooked) else model.get_output_embeddings().weight
+
+
+def sharding() -> FullyShardedDataParallelPlugin | None:
+    """accelerate's FSDP settings, if it was configured for FSDP. Raises RunError for FSDP's first version."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or ranks.count() == 1:
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise RunError(f"accelerate is configured for FSDP version {plugin.fsdp_version}; expected fsdp_version: 2, see examples/accelerate/fsdp2.yaml")
+    if plugin.cpu_ram_efficient_loading:
+        raise RunError("accelerate is configured with fsdp_cpu_ram_efficient_loading; expected false, processes load one after the other here")
+    return plugin
+
+
+def place(model: Any, dtype: torch.dtype, shard: bool) -> Hooked:
+    """The model on this process's device; with `shard` a share of it, gathered block by block in `dtype` when it computes."""
+    hooked = Hooked(model)
+    if not shard or ranks.count() == 1:
+        return hooked.to(ranks.device())
+    plugin = sharding()
+    offload = CPUOffloadPolicy() if plugin and isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy()
+    # Autocast gives inputs their type where it matters; hidden states of a teacher must stay as they came.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    common: dict[str, Any] = {"mesh": init_device_mesh(ranks.device().type, (ranks.count(),)), "mp_policy": precision, "offload_policy": offload}
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    # A frozen model's mask changes between two forwards: what stayed gathered would be stale.
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward if plugin and trained else True, **common)
+    # Embedding and head are one group, since they may be one tensor, and stay gathered from a trained model's forward to the end of its backward.
+    fully_shard(hooked, reshard_after_forward=None if trained else True, **common)
+    return hooked
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model's outermost lists of layers: what is computed as a whole, and one after the other, in any architecture."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
+
+
+def with_gradients(hooked: Hooked, all_used: bool) -> nn.Module:
+    """What to call for a forward whose backward leaves the average of all processes' gradients; `all_used` if every step reaches every trained weight."""
+    if ranks.count() == 1 or any(isinstance(parameter, DTensor) for parameter in hooked.parameters()):
+        return hooked
+    devices = [ranks.device()] if ranks.device().type != "cpu" else None
+    return DistributedDataParallel(hooked, device_ids=devices, broadcast_buffers=False, find_unused_parameters=not all_used)
+
+
+def unsynced(wrapped: nn.Module) -> AbstractContextManager[None]:
+    """Leave a replica's gradients as they are for now. Shares are always reduced: unreduced gradients would be whole, in every process."""
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is in shares put together, in every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor: a view to write into."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor `own` holds."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return slice(start, start + len(tensor.to_local()))
+
+
+def like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values`, the same in every process, in shares as `tensor` is."""
+    values = values.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return values
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
