@@ -63,11 +63,10 @@ def within(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     return model(function, *args, **kwargs) if isinstance(model, Hooked) else function(model, *args, **kwargs)
 
 
-def head_of(model: Any | None) -> Tensor | None:
-    """The output matrix of a frozen model, if there is one."""
-    if model is None:
-        return None
-    return model.frozen_head if isinstance(model, Hooked) else model.get_output_embeddings().weight
+def head_of(model: Any) -> Tensor:
+    """The output matrix of a frozen model."""
+    found: Tensor = model.frozen_head if isinstance(model, Hooked) else model.get_output_embeddings().weight
+    return found
 
 
 def sharding() -> FullyShardedDataParallelPlugin | None:
