@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from optimum.utils import NormalizedConfigManager
+from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 
 from .. import manifest as manifests
 from ..errors import MastersError, ParityError
@@ -117,8 +117,8 @@ def _manifest(source: Source, name: str, target: ModuleType, parts: dict[str, Pa
 
 
 def _geometry(text: Any, most_context: int) -> Decoder:
-    """The decoder's sizes, whatever its configuration calls them: optimum knows each text model's names."""
-    sizes = NormalizedConfigManager.get_normalized_config_class(text.model_type)(text)
+    """The decoder's sizes, by optimum's names for them; its list of model types knows no text part of a vision-language model."""
+    sizes = NormalizedTextConfigWithGQA(text)
     return Decoder(
         layers=sizes.num_layers,
         kv_heads=sizes.num_key_value_heads,

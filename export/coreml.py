@@ -280,7 +280,8 @@ class CoreMLParts:
         _check_capacity(capacity, self.context)
         return StateCache(self.decoder.make_state(), self.context)
 
-    def decode(self, embeds: np.ndarray, cache: StateCache) -> np.ndarray:
+    def decode(self, embeds: np.ndarray, cache: StateCache, positions: np.ndarray | None = None) -> np.ndarray:
+        assert positions is None, "no family that is re-authored here has positions of its own"
         total = cache.length + len(embeds)
         _check_capacity(total, self.context)
         # The row of a new position i hides what comes after it.

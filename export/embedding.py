@@ -11,8 +11,11 @@ from .quantize import int8_rows
 IDS = ("batch_size", "sequence_length")
 
 
-def build_embedding(embedding: torch.nn.Embedding, precision: str) -> ir.Model:
-    """input_ids i64[B, S] -> inputs_embeds f32[B, S, D]; the rows are stored as `precision` (fp32, fp16 or int8 with a scale per row)."""
+def build_embedding(embedding: torch.nn.Embedding, precision: str, injected: int = 0) -> ir.Model:
+    """input_ids i64[B, S] -> inputs_embeds f32[B, S, (1 + injected)·D]; the rows are stored as `precision` (fp32, fp16 or int8 with a scale per row).
+
+    Zeros follow each row for the `injected` first layers of the decoder that get something of an image added.
+    """
     author = GraphAuthor("embed_tokens")
     ids = author.input("input_ids", ir.DataType.INT64, IDS)
     weight = embedding.weight
@@ -26,5 +29,7 @@ def build_embedding(embedding: torch.nn.Embedding, precision: str) -> ir.Model:
         found = author.op("Gather", author.weight("embed_tokens.weight", tuple(weight.shape), dtype, lambda: weight), ids)
         if dtype == ir.DataType.FLOAT16:
             found = author.cast(found, ir.DataType.FLOAT)
-    author.output(found, "inputs_embeds", ir.DataType.FLOAT, (*IDS, weight.shape[1]))
+    if injected:
+        found = author.op("Pad", found, author.constant([0, 0, 0, 0, 0, injected * weight.shape[1]]))
+    author.output(found, "inputs_embeds", ir.DataType.FLOAT, (*IDS, (1 + injected) * weight.shape[1]))
     return author.model()

@@ -36,12 +36,13 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) 
     family = load_family(model.config.model_type)
     text_model, lm_head = family.text_parts(model)
     context = min(text_model.config.max_position_embeddings, MOST_CONTEXT)
-    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context)
+    injected = family.injected_layers(model) if hasattr(family, "injected_layers") else 0
+    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
     (folder / FOLDER).mkdir()
     return {
         # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
         "decoder": _write(_quantized(decoder, precision.decoder, precision), folder, precision.decoder),
-        "embed_tokens": _write(build_embedding(text_model.embed_tokens, precision.embed), folder, precision.embed),
+        "embed_tokens": _write(build_embedding(text_model.embed_tokens, precision.embed, injected), folder, precision.embed),
         "vision_encoder": _write(_quantized(build_vision(model, family, precision.vision == "fp16"), precision.vision, precision), folder, precision.vision),
     }
 

@@ -6,6 +6,7 @@ bundle's cache. Each stage takes the bundle's output of the stage before, so tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..manifest import Part
 from ..progress import bar
 from ..runtime.chat import user_message
+from ..runtime.pixels import Grid
 from ..runtime.session import Picture, Vlm, prompt_keys
 from .awkward import awkward_images
 from .reference import Prompt, Reference, encode, refer
@@ -21,7 +23,7 @@ from .source import Source
 
 QUESTIONS = ("What is in the picture?", "How many shapes are there, and which colour is the largest one?")
 # Images beyond this many tiles in all are compared in their pixels and prompts only: a large model takes seconds a tile.
-TILES = 24
+TILES, TILE = 24, 3 * 512 * 512
 # Greedy tokens on the ordinary image, and on each of the others; fewer where PyTorch ends its answer.
 STEPS, FEWER_STEPS = 32, 8
 ORDER = ("fp32", "fp16", "int8", "int4")  # from exact to coarse
@@ -71,7 +73,7 @@ def check_parity(vlm: Vlm, source: Source) -> tuple[list[Row], list[Reference]]:
     """Compare `vlm`, the bundle in the runtime, with the model it came from; also the references, the ordinary image's first."""
     rows: list[Row] = []
     references: list[Reference] = []
-    tiles = 0
+    tiles = 0.0
     for number, (name, image) in enumerate(bar(awkward_images().items(), "parity", total=len(awkward_images()))):
         for question in QUESTIONS if number == 0 else (QUESTIONS[number % len(QUESTIONS)],):
             prompt = encode(source, question, [image])
@@ -79,7 +81,7 @@ def check_parity(vlm: Vlm, source: Source) -> tuple[list[Row], list[Reference]]:
             rows += found
             if any(row.verdict == "fail" for row in found):
                 continue
-            tiles += int(np.prod(features_input.values.shape[:-3]))
+            tiles += features_input.values.size / TILE
             if not references or tiles <= TILES:
                 references.append(refer(source, name, image, question, prompt, FEWER_STEPS if number else STEPS))
                 rows += compare(vlm, references[-1], features_input)
@@ -131,7 +133,7 @@ def compare(vlm: Vlm, reference: Reference, pixels: Any) -> list[Row]:
     ]
     if features.shape != reference.features.shape or not np.isfinite(features).all():
         return rows
-    steps = forced_logits(vlm, reference, features)
+    steps = forced_logits(vlm, reference, features, pixels.grids)
     rows.append(_row("prefill", "logits", where, "relative error", relative_error(steps[0], reference.logits[0]), tolerance))
     if len(steps) > 1:
         rows.append(_row("decode", "logits", where, f"relative error of {len(steps) - 1} steps", relative_error(steps[1:], reference.logits[1:]), tolerance))
@@ -140,14 +142,14 @@ def compare(vlm: Vlm, reference: Reference, pixels: Any) -> list[Row]:
     return [*rows, _tokens(reference, steps, overall)]
 
 
-def forced_logits(vlm: Vlm, reference: Reference, features: np.ndarray) -> np.ndarray:
+def forced_logits(vlm: Vlm, reference: Reference, features: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
     """The bundle's logits f32 [steps, V] for PyTorch's prompt and PyTorch's tokens one by one through the cache."""
     ids = reference.prompt.ids
     cache = vlm.parts.new_cache(len(ids) + len(reference.tokens))
     keys = prompt_keys(ids, [Picture(-1, (), features)], vlm.manifest.generation["image_token_id"])
     embeds = vlm.parts.embed(ids).copy()
     embeds[keys < 0] = features
-    logits = [vlm.parts.decode(embeds, cache)]
+    logits = [vlm.parts.decode(embeds, cache, vlm.positions(ids, grids))]
     for token in reference.tokens[:-1]:
         logits.append(vlm.parts.decode(vlm.parts.embed(np.array([token], np.int64)), cache))
     return np.stack(logits)

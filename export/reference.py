@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,17 @@ from transformers.image_utils import load_image
 
 from .source import Source
 
+# Which kind each token of a prompt is of; follows from the ids, and no graph takes it.
+TOKEN_MARKS = ("mm_token_type_ids",)
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """Images and question as the Hugging Face processor has them: ids int64 [S], and the vision tower's inputs."""
+    """Images and question as the Hugging Face processor has them: ids int64 [S], the vision tower's inputs, and what else the model wants of the ids."""
 
     ids: np.ndarray
     pixels: dict[str, torch.Tensor]
+    marks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ def encode(source: Source, question: str, images: Sequence[bytes | Path]) -> Pro
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = encoded.pop("input_ids")[0].numpy()
-    encoded.pop("attention_mask", None)
-    return Prompt(ids, {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)})
+    tensors = {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor) and name != "attention_mask"}
+    marks = {name: tensors.pop(name) for name in TOKEN_MARKS if name in tensors}
+    return Prompt(ids, tensors, marks)
 
 
 def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt, steps: int) -> Reference:
@@ -55,6 +60,8 @@ def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt
     with torch.no_grad():
         features = source.family.image_features(source.model, prompt.pixels).numpy()
         embeds = source.model.get_input_embeddings()(torch.from_numpy(prompt.ids)).numpy()
+    # A row may go on behind the embedding, with zeros for text.
+    embeds = np.pad(embeds, ((0, 0), (0, features.shape[-1] - embeds.shape[-1])))
     tokens, logits = greedy(source, prompt, steps)
     return Reference(name, image, question, prompt, features, embeds, logits, tokens)
 
@@ -64,7 +71,7 @@ def greedy(source: Source, prompt: Prompt, steps: int) -> tuple[np.ndarray, np.n
     ends = source.end_tokens()
     tokens: list[int] = []
     logits: list[np.ndarray] = []
-    ids, pixels, cache = torch.from_numpy(prompt.ids)[None], prompt.pixels, None
+    ids, pixels, cache = torch.from_numpy(prompt.ids)[None], prompt.pixels | prompt.marks, None
     with torch.no_grad():
         while len(tokens) < steps and not (tokens and tokens[-1] in ends):
             out = source.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pixels)

@@ -1,4 +1,4 @@
-"""The vision_encoder graph: PyTorch's exporter on a family's thin module."""
+"""The vision_encoder graph: PyTorch's exporter on a family's thin module, or the family's own authoring."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def build_vision(model: Any, family: ModuleType, half: bool = False) -> ir.Model
 
     The free axes are those that the family names; inputs and outputs are float32 either way.
     """
+    if hasattr(family, "author_vision"):
+        authored: ir.Model = family.author_vision(model, half)
+        return authored
     module = family.vision_module(model)
     if half:
         module = deepcopy(module).half()

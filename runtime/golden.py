@@ -43,7 +43,7 @@ def self_test(vlm: Vlm, file: Path) -> list[Comparison]:
     cache = vlm.parts.new_cache(len(ids) + len(tokens))
     embeds = vlm.parts.embed(ids).copy()
     embeds[keys < 0] = features
-    logits = vlm.parts.decode(embeds, cache)
+    logits = vlm.parts.decode(embeds, cache, vlm.positions(ids, pixels.grids))
     stages = {"pixel_values": pixels.values, "image_features": features, "logits": logits}
     found = [compare(stage, ours, golden[stage], allowed[stage]) for stage, ours in stages.items()]
     found.append(Comparison("tokens", _shortfall(vlm, tokens, logits, cache), 2 * allowed["logits"]))

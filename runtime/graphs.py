@@ -73,8 +73,11 @@ class Parts(Protocol):
     def new_cache(self, capacity: int) -> Any:
         """An empty cache with room for `capacity` positions."""
 
-    def decode(self, embeds: np.ndarray, cache: Any) -> np.ndarray:
-        """Append embeds float32 [S, hidden], S >= 1, to the cache; logits float32 [vocab] of the last position."""
+    def decode(self, embeds: np.ndarray, cache: Any, positions: np.ndarray | None = None) -> np.ndarray:
+        """Append embeds float32 [S, hidden], S >= 1, to the cache; logits float32 [vocab] of the last position.
+
+        `positions` int64 [3, S] where the model's have three axes; None counts on from the last ones.
+        """
 
 
 class GrowingCache:
@@ -82,6 +85,7 @@ class GrowingCache:
 
     def __init__(self, past: dict[str, np.ndarray]) -> None:
         self.past = past
+        self.shift = 0  # from the count of tokens to the next one's position
 
     @property
     def length(self) -> int:
@@ -97,7 +101,7 @@ class SharedCache:
     def __init__(self, session: InferenceSession, past: dict[str, np.ndarray], capacity: int) -> None:
         self.session = session
         self.past = past
-        self.length = 0
+        self.length = self.shift = 0
         self._allocate(capacity)
 
     def keep(self, length: int, capacity: int) -> None:
@@ -137,6 +141,7 @@ class OnnxParts:
         if missing:
             raise BundleError(f"{manifest.parts['decoder'].file} lacks the input '{min(missing)}'; expected the layout of 'masters export', export again")
         self.inputs = set(inputs)
+        self.axes = "position_ids" in inputs and len(inputs["position_ids"].shape) == 3
         geometry = manifest.decoder
         self.empty = {
             name: np.zeros((1, geometry.kv_heads, 0, geometry.head_dim), DTYPES[node.type])
@@ -155,15 +160,25 @@ class OnnxParts:
     def new_cache(self, capacity: int) -> GrowingCache | SharedCache:
         return SharedCache(self.decoder, dict(self.empty), capacity) if self.shared else GrowingCache(dict(self.empty))
 
-    def decode(self, embeds: np.ndarray, cache: GrowingCache | SharedCache) -> np.ndarray:
+    def decode(self, embeds: np.ndarray, cache: GrowingCache | SharedCache, positions: np.ndarray | None = None) -> np.ndarray:
         total = cache.length + len(embeds)
         feeds: dict[str, np.ndarray] = {"inputs_embeds": np.ascontiguousarray(embeds[None], np.float32)}
         if "position_ids" in self.inputs:
-            feeds["position_ids"] = np.arange(cache.length, total, dtype=np.int64)[None]
+            feeds["position_ids"] = self._position_ids(cache, total, positions)
         if "num_logits_to_keep" in self.inputs:
             feeds["num_logits_to_keep"] = np.array(1, np.int64)
         logits = self._decode_shared(feeds, cache, total) if isinstance(cache, SharedCache) else self._decode_growing(feeds, cache, total)
         return np.asarray(logits[0, -1], np.float32)
+
+    def _position_ids(self, cache: GrowingCache | SharedCache, total: int, positions: np.ndarray | None) -> np.ndarray:
+        """int64 [1, S], or [3, 1, S] where positions have three axes; the cache remembers how far they are from the count of tokens."""
+        if positions is None:
+            positions = np.arange(cache.length, total, dtype=np.int64) + cache.shift
+        else:
+            cache.shift = int(positions.max()) + 1 - total
+        if not self.axes:
+            return positions[None]
+        return np.ascontiguousarray(np.broadcast_to(positions, (3, positions.shape[-1]))[:, None])
 
     def _decode_growing(self, feeds: dict[str, np.ndarray], cache: GrowingCache, total: int) -> np.ndarray:
         feeds["attention_mask"] = np.ones((1, total), np.int64)

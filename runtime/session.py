@@ -115,6 +115,12 @@ class Vlm:
         """Token ids int64 [S] of the prompt for the next turn, image tokens in place."""
         return self.format.encode(self.family.expand(self.format.render(messages), grids, self.manifest.preprocessing))
 
+    def positions(self, ids: np.ndarray, grids: Sequence[Grid]) -> np.ndarray | None:
+        """Positions int64 [3, S] of a prompt's tokens in a family that places an image's tokens in a plane, None where tokens are simply counted."""
+        if not hasattr(self.family, "positions"):
+            return None
+        return np.asarray(self.family.positions(ids, grids, self.manifest.preprocessing, self.manifest.generation["image_token_id"]))
+
 
 class Chat:
     """A conversation: every turn sees the earlier ones, and only what is new is computed. For one thread at a time.
@@ -242,7 +248,8 @@ class Chat:
             # A copy: the engine may hand out its own memory.
             embeds = embeds.copy()
             embeds[places] = features[len(features) - int(places.sum()) :]
-        logits = self.vlm.parts.decode(embeds, self.context.cache)
+        positions = self.vlm.positions(ids, [picture.grid for picture in pictures])
+        logits = self.vlm.parts.decode(embeds, self.context.cache, None if positions is None else positions[:, known:])
         # Copied for the same reason.
         self.context.keys, self.context.prompt, self.context.logits = keys, keys, logits.copy()
         clock.prefill = time.perf_counter() - start

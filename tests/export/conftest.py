@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 import torch
+from int4_weights import with_int4_weights
+from qwen_models import build
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
 from masters.export import ExportConfig, export, onnx_target
-from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows
 from masters.export.source import Source, load_source
 
 
@@ -44,18 +43,7 @@ def lively_source(lively_vlm: Path) -> Source:
 @pytest.fixture(scope="session")
 def int4_source(lively_source: Source) -> Source:
     """The same in PyTorch with the weights that 'decoder=int4,embed=int8' stores: what such a bundle must compute exactly."""
-    model = deepcopy(lively_source.model)
-    decoder = model.model.text_model
-    with torch.no_grad():
-        head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
-        head.weight.copy_(model.lm_head.weight)
-        model.lm_head = head  # its own from here on: the embedding keeps other bits
-        for layer in (head, *(module for module in decoder.layers.modules() if isinstance(module, torch.nn.Linear))):
-            codes, scales = int4_blocks(layer.weight.numpy(), 32)
-            layer.weight.copy_(torch.from_numpy(dequantize_int4(codes, scales, layer.in_features)))
-        rows, row_scales = int8_rows(decoder.embed_tokens.weight.numpy())
-        decoder.embed_tokens.weight.copy_(torch.from_numpy(rows * row_scales))
-    return replace(lively_source, model=model)
+    return with_int4_weights(lively_source)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +58,27 @@ def bundle_of(lively_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             if precision not in ("fp32", "fp16", "int4"):
                 reuse_vision(patch, exported("fp32"))
             export(ExportConfig(lively_vlm, "onnx", out, precision))
+        return out
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def qwen_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
+    """qwen_source(model_type): a tiny random Qwen model."""
+    folder = tmp_path_factory.mktemp("qwen")
+    return cache(lambda family: load_source(build(family, folder / family)))
+
+
+@pytest.fixture(scope="session")
+def qwen_bundle(qwen_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """qwen_bundle(model_type, precision): the folder of its ONNX bundle."""
+    folder = tmp_path_factory.mktemp("qwen_bundles")
+
+    @cache
+    def exported(family: str, precision: str) -> Path:
+        out = folder / f"{family}-{precision}".replace("=", "-").replace(",", "_")
+        export(ExportConfig(qwen_source(family).folder, "onnx", out, precision))
         return out
 
     return exported

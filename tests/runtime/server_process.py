@@ -32,9 +32,9 @@ from masters.runtime.serve import ServeConfig, serve
 class Slow:
     def __init__(self, parts): self.parts = parts
     def __getattr__(self, name): return getattr(self.parts, name)
-    def decode(self, embeds, cache):
+    def decode(self, embeds, cache, *positions):
         time.sleep(DELAY)
-        logits = self.parts.decode(embeds, cache).copy()
+        logits = self.parts.decode(embeds, cache, *positions).copy()
         logits[vlm.manifest.generation["eos_token_ids"]] = -np.inf
         return logits
 

@@ -41,9 +41,9 @@ class Counting:
         self.before_encoding()
         return np.asarray(self.parts.encode_images(pixels))
 
-    def decode(self, embeds: np.ndarray, cache: Any) -> np.ndarray:
+    def decode(self, embeds: np.ndarray, cache: Any, *positions: Any) -> np.ndarray:
         self.positions += len(embeds)
-        return np.asarray(self.parts.decode(embeds, cache))
+        return np.asarray(self.parts.decode(embeds, cache, *positions))
 
 
 @pytest.fixture

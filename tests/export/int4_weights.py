@@ -1,0 +1,26 @@
+"""A model in PyTorch with the weights that 'decoder=int4,embed=int8' stores: what such a bundle must compute exactly."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+
+from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows
+from masters.export.source import Source
+
+
+def with_int4_weights(source: Source, block: int = 32) -> Source:
+    model = deepcopy(source.model)
+    decoder, tied = source.family.text_parts(model)
+    with torch.no_grad():
+        # A head of its own from here on: the embedding keeps other bits.
+        model.lm_head = head = torch.nn.Linear(tied.in_features, tied.out_features, bias=False)
+        head.weight.copy_(tied.weight)
+        for layer in (head, *(module for module in decoder.layers.modules() if isinstance(module, torch.nn.Linear))):
+            codes, scales = int4_blocks(layer.weight.numpy(), block)
+            layer.weight.copy_(torch.from_numpy(dequantize_int4(codes, scales, layer.in_features)))
+        rows, row_scales = int8_rows(decoder.embed_tokens.weight.numpy())
+        decoder.embed_tokens.weight.copy_(torch.from_numpy(rows * row_scales))
+    return replace(source, model=model)
