@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,8 @@ UPRIGHT_BY_90_DEGREES = 6  # EXIF: as a phone held upright stores its pictures
 ORIENTATION = 0x0112
 
 
-def awkward_images() -> dict[str, bytes]:
+@cache  # the large one takes a second to draw
+def awkward_images() -> Mapping[str, bytes]:
     """Encoded files by name, the same each time; the first is an ordinary one, in PNG so that every decoder gives the same pixels."""
     scene = _scene(320, 240)
     exif = Image.Exif()
@@ -20,7 +24,7 @@ def awkward_images() -> dict[str, bytes]:
     veiled = scene.convert("RGBA")
     veiled.putalpha(Image.linear_gradient("L").resize(scene.size))
     frames = [_scene(120, 90, seed) for seed in range(3)]
-    return {
+    images = {
         "plain": _encoded(scene, "PNG"),
         "grey": _encoded(_scene(200, 333).convert("L"), "PNG"),
         "cmyk": _encoded(_scene(150, 150).convert("CMYK"), "JPEG", quality=90),
@@ -30,6 +34,7 @@ def awkward_images() -> dict[str, bytes]:
         "large": _encoded(_scene(4000, 3000), "JPEG", quality=80),
         "animated": _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100),
     }
+    return MappingProxyType(images)
 
 
 def _scene(width: int, height: int, seed: int = 0) -> Image.Image:
