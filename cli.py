@@ -104,6 +104,21 @@ def ablate(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("recipe", type=PATH)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--ratio", type=float, required=True, help="Share of each weight matrix to set to zero, such as 0.2.")
+@click.option("--out", type=PATH, required=True, help="Folder for the masked checkpoint.")
+@click.option("--teacher", type=int, default=0, show_default=True, help="Which of the recipe's teachers, counted from 0.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@_refusing
+def materialize(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Write a teacher of RECIPE with its mask in the weights, for engines such as vLLM."""
+    module = _needs(".distill.materialize", "distill")
+    read_recipe = _needs(".distill.recipe", "distill").read_recipe
+    click.echo(module.materialize(module.MaterializeConfig(read_recipe(recipe, overrides), **options)))
+
+
+@main.command()
 @click.argument("student", type=PATH)
 @click.option("--target", type=click.Choice(["onnx", "coreml"]), required=True)
 @click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, int4, or per part: vision=int8,decoder=int4,embed=int8.")

@@ -60,8 +60,8 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 def _unwritten(path: Path, part: Path, error: OSError) -> Exception:
     """What to raise when writing `path` failed: an error about another file, as when an input is missing, stays itself."""
-    name = error.filename and Path(error.filename)
-    if name and name != path and name not in path.parents and part not in (name, *name.parents):
+    names = [Path(name) for name in (error.filename, error.filename2) if name]  # a copy names two
+    if names and not any(name == path or name in path.parents or part in (name, *name.parents) for name in names):
         return error
     return MastersError(f"could not write {path}: {error.strerror or error}; free some space or choose another place, then run again")
 

@@ -11,18 +11,20 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
+from ..progress import bar
+from .stored import Stored, read_tensor, stored_as
 
 SCOPES = ("per_tensor", "per_block", "global")
 CODES = 1 << 15  # magnitudes of a 16-bit float
-CHUNK = 1 << 24  # weights counted at once: the counter works on wider integers
+LOWER = 1 << 16  # float32 magnitudes that share their upper 16 bits
+INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80 << 16}  # the magnitude's bits from which on nothing is finite
+CHUNK = 1 << 18  # weights counted at once: what a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -41,63 +43,111 @@ class TensorMask:
         return TensorMask(row["name"], row["weights"], thresholds, reached)
 
 
-def maskable(model: nn.Module, language: Sequence[str], exclude: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The weights to mask, by name: those of linear layers whose name contains one of `language` and matches none of `exclude` (regular expressions).
+def maskable(model: nn.Module, language: Sequence[str], exclude: Sequence[str] = (), include: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The weights to mask, by name: those of linear layers whose name contains one of `language` or matches one of `include`, and none of `exclude`.
 
-    Embeddings, the output head, norms, biases, the vision tower and the projector lie outside a family's `language`.
+    Embeddings, the output head, norms, biases, the vision tower and the projector lie outside a family's `language`; `include` and `exclude`
+    are regular expressions. Raises ModelError if nothing is left, or if a weight is chosen that another module uses as well.
     """
-    linear = {f"{name}.weight": module.weight.data for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {name: w for name, w in linear.items() if any(part in name for part in language) and not any(re.search(e, name) for e in exclude)}
+    linear = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted = {name for name in linear if any(part in name for part in language) or any(re.search(i, name) for i in include)}
+    chosen = {name: linear[name] for name in linear if name in wanted and not any(re.search(e, name) for e in exclude)}
     if not chosen:
-        raise ModelError(f"no linear weight is named after {' or '.join(language)}; expected the language model's attention and MLP there")
-    return chosen
+        raise ModelError(f"no linear weight is named after {' or '.join((*language, *include))}; expected the language model's attention and MLP there")
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users[id(parameter)].append(name)
+    for name, weight in chosen.items():
+        if shared := [other for other in users[id(weight)] if other != name]:
+            raise ModelError(f"{name} is also {shared[0]}, which a mask would change too; expected a weight of one module, leave it whole by mask.exclude")
+    return {name: weight.data for name, weight in chosen.items()}
 
 
 def plan_masks(tensors: Mapping[str, Tensor], ratios: Iterable[float], scope: str = "per_tensor") -> list[TensorMask]:
-    """Thresholds of every tensor for every ratio. Equal magnitudes are kept together, so the ratio reached can be lower than the one asked for."""
+    """Thresholds of every tensor for every ratio. Equal magnitudes are kept together, so the ratio reached can be lower than the one asked for.
+
+    Tensors are asked for one at a time and let go, so a mapping that reads them from files needs no more memory than the largest.
+    """
     if scope not in SCOPES:
         raise RecipeError(f"unknown mask scope '{scope}'; expected one of {', '.join(SCOPES)}")
     ratios = sorted(set(ratios))
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         groups[_group(name, scope)].append(name)
-    found = {}
-    for names in groups.values():
-        limits = dict(zip(ratios, thresholds([tensors[name] for name in names], ratios), strict=True))
-        found.update(dict.fromkeys(names, limits))
-    return [_tensor_mask(name, tensor, found[name]) for name, tensor in tensors.items()]
+    found = {mask.name: mask for names in bar(groups.values(), "mask thresholds") for mask in _plan_group(tensors, names, ratios)}
+    return [found[name] for name in tensors]
 
 
 def thresholds(tensors: Sequence[Tensor], ratios: Sequence[float]) -> list[float]:
-    """lambda_r over all `tensors` together for each ratio: the magnitude of rank round(r * n), so that at most that many lie below it."""
-    total = sum(t.numel() for t in tensors)
-    ranks = [round(ratio * total) for ratio in ratios]
-    high = sum(_count(t, level=0) for t in tensors)
-    assert isinstance(high, Tensor)
-    below = high.cumsum(0)
-    codes = torch.searchsorted(below, torch.tensor(ranks, device=below.device), right=True).tolist()
-    if all(t.element_size() == 2 for t in tensors):
-        return [_from_code(code, tensors[0].dtype) for code in codes]
-    return [_refine(tensors, code, rank - (int(below[code - 1]) if code else 0)) for code, rank in zip(codes, ranks, strict=True)]
+    """lambda_r over all `tensors` together for each ratio: the magnitude of rank round(r * n), so that at most that many lie below it.
+
+    Where that rank is n, as in a tensor of a few weights, it is the next magnitude above the largest.
+    """
+    named = {str(i): tensor for i, tensor in enumerate(tensors)}
+    [first, *_] = _plan_group(named, list(named), ratios)
+    return [first.thresholds[ratio] for ratio in ratios]
 
 
 def apply_mask(tensors: Mapping[str, Tensor], masks: Sequence[TensorMask], ratio: float) -> None:
     """Zero, in place, the weights below the threshold of `ratio`. Masks are nested, so a higher ratio needs no reload; a lower one does."""
     for mask in masks:
-        weight = tensors[mask.name]
-        weight.masked_fill_(weight.abs() < mask.thresholds[ratio], 0)
+        zero_below(tensors[mask.name], mask.thresholds[ratio])
 
 
-def restore(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy the unmasked weights back, in place, from the memory-mapped safetensors in `folder`."""
-    missing = set(tensors)
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            for name in missing.intersection(stored.keys()):
-                tensors[name].copy_(stored.get_tensor(name))
-            missing.difference_update(stored.keys())
-    if missing:
-        raise ModelError(f"{folder} stores no tensor {sorted(missing)[0]}; expected the checkpoint from which the teacher was loaded")
+def zero_below(weight: Tensor, threshold: float, dtype: torch.dtype = torch.float32) -> None:
+    """Zero, in place, what is smaller than `threshold` as a number of type `dtype`, a few rows at a time."""
+    for rows in weight.split(max(1, 64 * CHUNK // max(1, weight[0].numel()))):
+        # In float32: a threshold that tensors of several types share need not be a number of this one's.
+        rows.masked_fill_(rows.to(dtype).float().abs() < threshold, 0)
+
+
+def restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Copy the unmasked weights back, in place, from the memory-mapped safetensors in which they are `stored`."""
+    for name, tensor in tensors.items():
+        tensor.copy_(read_tensor(stored_as(stored, name)))
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How often each magnitude occurs in a tensor: by its code, or by the upper 16 bits of a float32 and, of those that matter, the lower ones."""
+
+    upper: Tensor
+    lower: Mapping[int, Tensor]
+
+    def below(self, bits: int) -> int:
+        """How many magnitudes lie below the one with these bits."""
+        if not self.lower:
+            return int(self.upper[:bits].sum())
+        code, low = divmod(bits, LOWER)
+        return int(self.upper[:code].sum()) + (int(self.lower[code][:low].sum()) if low else 0)
+
+
+def _plan_group(tensors: Mapping[str, Tensor], names: Sequence[str], ratios: Sequence[float]) -> list[TensorMask]:
+    """The masks of tensors that share their thresholds."""
+    group = {names[0]: tensors[names[0]]} if len(names) == 1 else tensors  # held, for a second count
+    sizes, kinds = {}, set()
+    for name in names:
+        tensor = group[name]
+        sizes[name] = tensor.numel()
+        kinds.add(tensor.dtype)
+    wide = kinds not in ({torch.bfloat16}, {torch.float16})  # several types have the values of float32 in common
+    counts = {name: _Counts(_count_upper(group[name], wide), {}) for name in names}
+    ranks = [round(ratio * sum(sizes.values())) for ratio in ratios]
+    found = [_ranked(_total([c.upper for c in counts.values()]), rank) for rank in ranks]
+    bits = [code for code, _ in found]
+    if wide:
+        codes = sorted(set(bits))
+        counts = {name: _Counts(c.upper, _count_lower(group[name], codes)) for name, c in counts.items()}
+        lower = {code: _total([c.lower[code] for c in counts.values()]) for code in codes}
+        bits = [(code << 16) + _ranked(lower[code], rank)[0] for code, rank in found]
+    kind = torch.float32 if wide else kinds.pop()
+    # Where every weight lies below, the next magnitude above the largest: finite, since a file has no word for infinity.
+    bits = [min(bit + (rank == sum(sizes.values())), INFINITE[kind] - 1) for bit, rank in zip(bits, ranks, strict=True)]
+    limits = dict(zip(ratios, (_value(bit, kind) for bit in bits), strict=True))
+    return [
+        TensorMask(name, sizes[name], limits, {ratio: c.below(bit) / sizes[name] for ratio, bit in zip(ratios, bits, strict=True)})
+        for name, c in counts.items()
+    ]
 
 
 def _group(name: str, scope: str) -> str:
@@ -107,38 +157,52 @@ def _group(name: str, scope: str) -> str:
     return block.group(1) if scope == "per_block" and block else ""
 
 
-def _tensor_mask(name: str, tensor: Tensor, limits: dict[float, float]) -> TensorMask:
-    magnitudes = tensor.abs()
-    reached = {ratio: int((magnitudes < limit).sum()) / tensor.numel() for ratio, limit in limits.items()}
-    return TensorMask(name, tensor.numel(), limits, reached)
+def _ranked(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The code of the magnitude of rank `rank`, the last one's where that is the number of all, and its rank among those of its code."""
+    below = counts.cumsum(0)
+    code = int(torch.searchsorted(below, torch.tensor(min(rank, int(below[-1]) - 1), device=below.device), right=True))
+    return code, rank - (int(below[code - 1]) if code else 0)
 
 
-def _count(tensor: Tensor, level: int, code: int = 0) -> Tensor:
-    """How often each code occurs: the upper 16 bits of the magnitude at level 0; at level 1 the lower 16 bits of those whose upper are `code`."""
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+def _total(counts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([c.to(counts[0].device) for c in counts]).sum(0)
+
+
+def _count_upper(tensor: Tensor, wide: bool) -> Tensor:
+    """How often each code occurs [CODES]: all bits of a 16-bit magnitude or, if `wide`, the upper 16 of the magnitude as float32."""
+    if tensor.dtype not in INFINITE:
         raise ModelError(f"a weight to mask is {tensor.dtype}; expected bfloat16, float16 or float32, load the teacher unquantised")
-    counts = torch.zeros(CODES if level == 0 else 1 << 16, dtype=torch.long, device=tensor.device)
-    for chunk in tensor.detach().flatten().split(CHUNK):
-        if not chunk.isfinite().all():
-            raise ModelError("a weight to mask is not finite; expected a whole checkpoint, download it again")
-        if chunk.element_size() == 2:
-            codes = chunk.view(torch.int16) & 0x7FFF
-        else:
-            bits = chunk.view(torch.int32) & 0x7FFFFFFF
-            codes = bits >> 16 if level == 0 else bits[bits >> 16 == code] & 0xFFFF
-        counts += torch.bincount(codes, minlength=len(counts))
+    counts = torch.zeros(CODES, dtype=torch.long, device=tensor.device)
+    for chunk in _chunks(tensor):
+        counts += torch.bincount(_codes(chunk, wide), minlength=CODES)
+    if bool(counts[INFINITE[torch.float32] >> 16 if wide else INFINITE[tensor.dtype] :].any()):
+        raise ModelError("a weight to mask is not finite; expected a whole checkpoint, download it again")
     return counts
 
 
-def _refine(tensors: Sequence[Tensor], code: int, rank: int) -> float:
-    """The float32 magnitude of rank `rank` among those whose upper 16 bits are `code`; infinity past the last one."""
-    if code >= CODES:
-        return float("inf")
-    counts = sum(_count(t, level=1, code=code) for t in tensors)
-    assert isinstance(counts, Tensor)
-    low = int(torch.searchsorted(counts.cumsum(0), torch.tensor(rank, device=counts.device), right=True))
-    return float(torch.tensor((code << 16) | low, dtype=torch.int32).view(torch.float32))
+def _count_lower(tensor: Tensor, codes: Sequence[int]) -> dict[int, Tensor]:
+    """How often each lower half occurs [LOWER] among the float32 magnitudes whose upper half is one of `codes`."""
+    picked: list[Tensor] = []
+    for chunk in _chunks(tensor):
+        upper = _codes(chunk, wide=True)
+        chosen = upper == codes[0]
+        for code in codes[1:]:
+            chosen |= upper == code
+        picked.append(chunk.float()[chosen].view(torch.int32) & 0x7FFFFFFF)
+    bits = torch.cat(picked)
+    return {code: torch.bincount(bits[bits >> 16 == code] & 0xFFFF, minlength=LOWER) for code in codes}
 
 
-def _from_code(code: int, dtype: torch.dtype) -> float:
-    return float(torch.tensor(code, dtype=torch.int16).view(dtype)) if code < CODES else float("inf")
+def _chunks(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.detach().flatten().split(CHUNK if tensor.device.type == "cpu" else 64 * CHUNK)  # the counter makes a GPU wait after each
+
+
+def _codes(chunk: Tensor, wide: bool) -> Tensor:
+    """The magnitudes' 16-bit codes, as int16."""
+    return (chunk.float().view(torch.int16)[1::2] if wide else chunk.view(torch.int16)) & 0x7FFF
+
+
+def _value(bits: int, kind: torch.dtype) -> float:
+    if kind == torch.float32:
+        return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(bits, dtype=torch.int16).view(kind))

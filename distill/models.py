@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from ..errors import MastersError, ModelError, RecipeError
-from ..files import read_json
 from .families import SUPPORTED, check_config, family_of
 from .forward import packing_error
 from .inputs import CollatePixels, Prompt
+from .mask import maskable
+from .recipe import Mask
+from .stored import StoredTensors, read_header, stored_weights, weight_files
 
 PACKING_TOLERANCE = 1e-3  # of states in float32, relative
 
@@ -51,18 +52,20 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
 
 def count_weights(folder: Path) -> int:
     """How many numbers the checkpoint in `folder` holds, from its files' headers. Raises ModelError, naming the file, where one is missing or cut."""
-    index = folder / "model.safetensors.index.json"
-    files = {folder / name for name in read_json(index)["weight_map"].values()} if index.is_file() else set(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds a configuration but no weights; expected *.safetensors files beside it")
-    total = 0
-    for file in sorted(files):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the weights in {file} can't be read ({_first_line(error)}); expected a whole checkpoint, download it again") from None
-    return total
+    return sum(math.prod(place.shape) for file in weight_files(folder) for place in read_header(file))
+
+
+def skeleton(config: Any) -> Any:
+    """A model of this configuration without weights, on the meta device: names, shapes and which weights are shared, in no memory."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def weights_to_mask(folder: Path, mask: Mask, dtype: torch.dtype) -> StoredTensors:
+    """The weights of the model in `folder` that `mask` is about, as a model of `dtype` computes with them, read from the files one at a time."""
+    model = skeleton(read_config(folder))
+    chosen = maskable(model, family_of(model.config.model_type).LANGUAGE, mask.exclude, mask.include)
+    return StoredTensors(stored_weights(folder, model), chosen, dtype)
 
 
 def load_processor(folder: Path) -> Any:
@@ -126,12 +129,6 @@ def longest_prompt(configs: Sequence[Any], wanted: int, answer: int) -> int:
     if left < 1:
         raise RecipeError(f"'answers.max_tokens' is {answer}, and the models read {left + answer} tokens in all; expected room for a prompt, lower it")
     return min(wanted, left)
-
-
-def exact_dtype(folder: Path, wanted: torch.dtype) -> torch.dtype:
-    """The narrowest type in which the checkpoint's weights are those that a model loaded as `wanted` computes with."""
-    stored = read_config(folder).dtype
-    return stored if wanted == torch.float32 and stored in (torch.bfloat16, torch.float16) else wanted
 
 
 def freeze_vision(model: Any) -> None:

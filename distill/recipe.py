@@ -64,12 +64,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Mask:
-    """How teachers are masked: the step of the decay, what a threshold is shared by, and names to leave whole (regular expressions)."""
+    """How teachers are masked: the step of the decay, what a threshold is shared by, and which weights (regular expressions on their names)."""
 
     enabled: bool = True
     step: float = 0.05
     scope: str = "per_tensor"
-    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()  # linear weights to mask besides the language model's
+    exclude: tuple[str, ...] = ()  # to leave whole
 
 
 @dataclass(frozen=True)

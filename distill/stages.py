@@ -33,13 +33,14 @@ from .generate import batches_by_length, generate
 from .inputs import Encoder
 from .judge import NAME as JUDGE
 from .judge import judge
-from .mask import TensorMask, apply_mask, maskable, plan_masks, restore
+from .mask import TensorMask, apply_mask, plan_masks, restore
 from .recipe import Objective, Recipe, Teacher, recipe_values
 from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct, read_responses, write_responses
 from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
+from .stored import stored_weights
 from .train import MetricsLog, Step, Trainer, plan_steps
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
@@ -157,8 +158,8 @@ class _Run:
         return [TensorMask.from_json(row) for row in read_json(path)]
 
     def _find_masks(self, share: Share) -> list[TensorMask]:
-        model = models.load_model(share.teacher.model, models.exact_dtype(share.teacher.model, self.dtype))
-        return plan_masks(maskable(model, self.family.LANGUAGE, self.recipe.mask.exclude), share.ratios, self.recipe.mask.scope)
+        weights = models.weights_to_mask(share.teacher.model, self.recipe.mask, self.dtype)
+        return plan_masks(weights, share.ratios, self.recipe.mask.scope)
 
     def _claim_buffer(self) -> None:
         claim_file(self.buffer / "buffer.yaml", answers_values(self.recipe), "the buffer of responses")
@@ -361,13 +362,13 @@ class _MaskedTeacher:
 
     def __init__(self, share: Share, masks: Sequence[TensorMask], language: Sequence[str], dtype: torch.dtype) -> None:
         self.model = models.frozen(models.load_model(share.teacher.model, dtype)).to(models.device())
-        self.folder, self.masks, self.ratio = share.teacher.model, masks, 0.0
+        self.masks, self.ratio, self.stored = masks, 0.0, stored_weights(share.teacher.model, self.model)
         named = dict(self.model.named_parameters())
         self.tensors = {mask.name: named[mask.name].data for mask in masks}
 
     def set_ratio(self, ratio: float) -> None:
         if ratio < self.ratio:
-            restore(self.tensors, self.folder)
+            restore(self.tensors, self.stored)
         if ratio != self.ratio and ratio > 0:
             apply_mask(self.tensors, self.masks, ratio)
         self.ratio = ratio

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 from masters.demo.models import build_model, save_model
-from masters.distill.models import check_pair, count_weights, exact_dtype, freeze_vision, frozen, load_model, load_processor, read_config
+from masters.distill.models import check_pair, count_weights, freeze_vision, frozen, load_model, load_processor, read_config
 from masters.errors import MastersError
 
 
@@ -113,14 +113,6 @@ def test_folders_without_a_whole_processor(folder: Path):
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     refusal(lambda: load_processor(folder), "processor")
-
-
-def test_masks_are_counted_in_the_type_that_is_stored(models: Any, tmp_path: Path, processor: Any):
-    assert exact_dtype(models.student, torch.float32) == torch.bfloat16, "bfloat16 weights in float32 are the same numbers, in half the space"
-    assert exact_dtype(models.student, torch.bfloat16) == torch.bfloat16
-    build_model("student", processor.tokenizer).to(torch.float32).save_pretrained(tmp_path / "exact")
-    assert exact_dtype(tmp_path / "exact", torch.float32) == torch.float32
-    assert exact_dtype(tmp_path / "exact", torch.bfloat16) == torch.bfloat16, "what is computed with decides, not what is stored"
 
 
 def test_the_vision_tower_is_left_as_it_is(processor: Any):

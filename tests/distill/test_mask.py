@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from masters.distill import mask as mask_module
 from masters.distill.families.idefics3 import LANGUAGE
 from masters.distill.mask import TensorMask, apply_mask, maskable, plan_masks, restore, thresholds
 from masters.distill.models import load_model
+from masters.distill.stored import stored_weights
 from masters.errors import ModelError, RecipeError
+from masters.files import read_json, write_json
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,11 +63,16 @@ def test_float32_is_exact_where_its_upper_half_says_nothing():
     assert plan.thresholds[0.5] == float(weight.abs().sort().values[1000])
 
 
-def test_counting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    weight = weights(torch.float32)
-    whole = thresholds([weight], RATIOS)
-    monkeypatch.setattr(mask_module, "CHUNK", 1000)
-    assert thresholds([weight], RATIOS) == whole
+@pytest.mark.parametrize("dtype", TYPES)
+def test_working_in_chunks_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    weight = weights(dtype)
+    whole, other = {"w": weight.clone()}, {"w": weight.clone()}
+    plans = plan_masks(whole, RATIOS)
+    apply_mask(whole, plans, 0.4)
+    monkeypatch.setattr(mask_module, "CHUNK", 7)
+    assert plan_masks(other, RATIOS) == plans
+    apply_mask(other, plans, 0.4)
+    assert torch.equal(whole["w"], other["w"])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -143,6 +151,48 @@ def test_scopes_share_a_threshold_by_tensor_by_block_or_over_all():
         plan_masks(tensors, [0.3], "layer")
 
 
+@pytest.mark.parametrize("scope", ["per_block", "global"])
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16), (torch.float16, torch.float32, torch.bfloat16)])
+def test_tensors_of_several_types_share_a_threshold_of_their_values(types: tuple[torch.dtype, ...], scope: str):
+    """0.5 has another code in each type, so that counting codes together would rank the types and not the values."""
+    tensors = {f"layers.0.{i}.weight": (1 + i) * weights(dtype, seed=i) for i, dtype in enumerate(types)}
+    together = torch.cat([t.abs().double().flatten() for t in tensors.values()])
+    plans = plan_masks(tensors, RATIOS, scope)
+    for ratio in RATIOS:
+        expected = float(together.sort().values[round(ratio * len(together))])
+        assert {plan.thresholds[ratio] for plan in plans} == {expected}
+        masked = {name: t.clone() for name, t in tensors.items()}
+        apply_mask(masked, plans, ratio)
+        for plan in plans:
+            below = tensors[plan.name].abs().double() < expected
+            assert torch.equal(masked[plan.name] == 0, below | (tensors[plan.name] == 0)), plan.name
+            assert plan.reached[ratio] == int(below.sum()) / below.numel()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_tensor_too_small_for_its_ratio_is_emptied_as_pytorch_does_and_survives_json(dtype: torch.dtype, tmp_path: Path):
+    layer = nn.Linear(2, 1, bias=False, dtype=dtype)
+    layer.weight.data = torch.tensor([[0.5, -0.25]], dtype=dtype)
+    weight = {"w": layer.weight.data.clone()}
+    [plan] = plan_masks(weight, [0.2, 0.4, 0.8])
+    assert plan.reached == {0.2: 0.0, 0.4: 0.5, 0.8: 1.0}
+    write_json(tmp_path / "mask.json", [dataclasses.asdict(plan)])
+    [again] = [TensorMask.from_json(row) for row in read_json(tmp_path / "mask.json")]
+    assert again == plan
+    apply_mask(weight, [again], 0.8)
+    prune.l1_unstructured(layer, "weight", amount=0.8)
+    assert torch.equal(weight["w"], layer.weight.data)
+    assert not weight["w"].any()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_largest_number_of_a_type_has_nothing_above_it(dtype: torch.dtype):
+    weight = torch.tensor([1.0, -torch.finfo(dtype).max], dtype=dtype)
+    [plan] = plan_masks({"w": weight}, [0.8])
+    assert math.isfinite(plan.thresholds[0.8])
+    assert plan.reached == {0.8: 0.5}, "it is kept"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_weights_that_are_not_finite_are_refused(dtype: torch.dtype, bad: float):
@@ -172,9 +222,16 @@ def test_only_the_language_models_linear_weights_are_masked(tiny: Any):
     assert tiny.lm_head.weight.data_ptr() not in {t.data_ptr() for t in found.values()}
 
 
-def test_names_can_be_left_whole_by_expression(tiny: Any):
+def test_names_can_be_left_whole_or_added_by_expression(tiny: Any):
     every, fewer = maskable(tiny, LANGUAGE), maskable(tiny, LANGUAGE, exclude=(r"layers\.0\.", r"down_proj"))
     assert set(every) - set(fewer) == {name for name in every if "layers.0." in name or "down_proj" in name}
+    more = maskable(tiny, LANGUAGE, include=(r"connector\..*proj",))
+    assert set(more) - set(every) == {"model.connector.modality_projection.proj.weight"}
+    tower = maskable(tiny, (), include=("vision_model",), exclude=("fc",))
+    assert tower
+    assert all("vision_model" in name and "attn" in name for name in tower), "linear weights, so no embeddings or norms"
+    with pytest.raises(ModelError, match=r"lm_head\.weight is also model\.text_model\.embed_tokens\.weight.*mask\.exclude"):
+        maskable(tiny, LANGUAGE, include=("lm_head",))
     with pytest.raises(ModelError, match=r"expected the language model's attention and MLP"):
         maskable(tiny, ("transformer.h.",))
 
@@ -191,7 +248,7 @@ def test_masking_a_loaded_teacher_and_restoring_it_is_bit_identical(models: Any)
         assert zeros == pytest.approx(ratio, abs=0.01), "the model that computes is the one that is masked"
         assert zeros >= sum(p.reached[ratio] * p.weights for p in plans) / sum(p.weights for p in plans)
         assert all(torch.equal(after[name], before[name]) for name in before if name not in tensors)
-    restore(tensors, models.teacher)
+    restore(tensors, stored_weights(models.teacher, teacher))
     for name, parameter in teacher.named_parameters():
         assert torch.equal(parameter.view(torch.int16), before[name].view(torch.int16)), name
 
@@ -201,15 +258,16 @@ def test_a_stage_gives_the_same_teacher_in_whichever_order_it_is_reached(models:
     ours, theirs = maskable(one, LANGUAGE), maskable(other, LANGUAGE)
     plans = plan_masks(ours, (0.4, 0.2))
     apply_mask(ours, plans, 0.4)
-    restore(ours, models.teacher)
+    restore(ours, stored_weights(models.teacher, one))
     apply_mask(ours, plans, 0.2)
     apply_mask(theirs, plans, 0.2)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_restoring_from_another_checkpoint_names_what_it_lacks(tmp_path: Path):
+def test_restoring_from_another_checkpoint_names_what_it_lacks(models: Any, tiny: Any):
+    stored = stored_weights(models.student, tiny)
     with pytest.raises(ModelError, match=r"stores no tensor model\.layers\.9\.w"):
-        restore({"model.layers.9.w": torch.zeros(2, 2)}, tmp_path)
+        restore({"model.layers.9.w": torch.zeros(2, 2)}, stored)
 
 
 def test_thresholds_survive_json_exactly():
