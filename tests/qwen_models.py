@@ -27,6 +27,8 @@ WINDOWS = dict(depth=4, hidden_size=64, intermediate_size=96, num_heads=2, patch
 LAYERS = dict(
     depth=3, hidden_size=64, intermediate_size=96, num_heads=2, patch_size=16, num_position_embeddings=36, deepstack_visual_indexes=[0, 1], out_hidden_size=96
 )
+# Deviations of the decoder's weights: wider ones than these leave int4 nothing to keep.
+WIDTHS = {"qwen2_5_vl": 0.15, "qwen3_vl": 0.25}
 PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
@@ -61,7 +63,7 @@ def wake(model: Any, seed: int = 5) -> Any:
             if "norm" in name or "ln_q" in name:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.1, generator=generator))
             elif weight.ndim >= 2 and "embed" not in name:
-                weight.normal_(0, min(0.25 if "visual" in name else 0.15, 6.0 / weight[0].numel() ** 0.5), generator=generator)
+                weight.normal_(0, min(0.25 if "visual" in name else WIDTHS[model.config.model_type], 6.0 / weight[0].numel() ** 0.5), generator=generator)
             else:
                 weight.normal_(0, 0.3, generator=generator)
     return model

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from int4_weights import with_int4_weights
 
 from masters.export.awkward import awkward_images
-from masters.export.reference import encode, refer
+from masters.export.reference import encode, greedy, refer
 from masters.export.source import Source
 from masters.files import whole_folder
 from masters.runtime import load
@@ -46,17 +47,16 @@ def node_folder() -> Path:
     return folder
 
 
-def javascript_tokens(folder: Path, bundle: Path, work: Path, ids: np.ndarray, pixels: np.ndarray, mask: np.ndarray) -> list[int]:
+def javascript_tokens(folder: Path, bundle: Path, work: Path, ids: np.ndarray, pixels: dict[str, np.ndarray]) -> list[int]:
     """What transformers.js generates. It imports its packages from where the script lies, so the script is copied there."""
     script = work / "generate.mjs"
     shutil.copyfile(HERE / "generate.mjs", script)
     (work / "node_modules").symlink_to(folder / "node_modules")
-    (work / "pixels").write_bytes(np.ascontiguousarray(pixels, np.float32).tobytes())
-    (work / "mask").write_bytes(np.ascontiguousarray(mask, np.uint8).tobytes())
-    request = dict(
-        bundle=str(bundle), input_ids=ids.tolist(), max_new_tokens=STEPS, tiles=pixels.shape[1], side=pixels.shape[-1],
-        pixel_values=str(work / "pixels"), pixel_attention_mask=str(work / "mask"),
-    )  # fmt: skip
+    tensors = {}
+    for name, array in pixels.items():
+        (work / name).write_bytes(np.ascontiguousarray(array).tobytes())
+        tensors[name] = dict(type=str(array.dtype), dims=array.shape, file=str(work / name))
+    request = dict(bundle=str(bundle), input_ids=ids.tolist(), max_new_tokens=STEPS, tensors=tensors)
     (work / "request.json").write_text(json.dumps(request))
     done = subprocess.run(["node", str(script), str(work / "request.json")], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -73,9 +73,25 @@ def test_every_greedy_token_is_pytorchs(
     image = awkward_images()["plain"]
     reference = refer(source, "plain", image, QUESTION, encode(source, QUESTION, [image]), STEPS)
     pixels = {name: tensor.numpy() for name, tensor in reference.prompt.pixels.items()}
-    tokens = javascript_tokens(node_folder, bundle_of(precision), tmp_path, reference.prompt.ids, pixels["pixel_values"], pixels["pixel_attention_mask"])
+    pixels["pixel_attention_mask"] = pixels["pixel_attention_mask"].astype(bool)
+    tokens = javascript_tokens(node_folder, bundle_of(precision), tmp_path, reference.prompt.ids, pixels)
     assert len(set(tokens)) > 5, "the model repeats itself, nothing would be proven"
     assert tokens == reference.tokens.tolist()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "decoder=int4,embed=int8"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_every_greedy_token_of_qwen_is_pytorchs(
+    qwen_source: Callable[[str], Source], qwen_bundle: Callable[[str, str], Path], node_folder: Path, tmp_path: Path, family: str, precision: str
+) -> None:
+    """Two images of other sizes: grids, positions of three axes and features of middle layers pass through a program that knows nothing of the last."""
+    source = qwen_source(family) if precision == "fp32" else with_int4_weights(qwen_source(family))
+    prompt = encode(source, QUESTION, [awkward_images()["plain"], awkward_images()["rotated"]])
+    theirs, _ = greedy(source, prompt, STEPS)
+    pixels = {name: tensor.numpy() for name, tensor in prompt.pixels.items()}
+    tokens = javascript_tokens(node_folder, qwen_bundle(family, precision), tmp_path, prompt.ids, pixels)
+    assert len(set(tokens)) > 5, "the model repeats itself, nothing would be proven"
+    assert tokens == theirs.tolist()
 
 
 def test_own_processor_gives_the_same_prompt(bundle_of: Callable[[str], Path], lively_source: Source) -> None:
