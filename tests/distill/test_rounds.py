@@ -21,7 +21,7 @@ from masters.errors import MastersError, RunError
 @pytest.fixture
 def recipe_of(models: Any, questions: Path, tmp_path: Path) -> Callable[..., Recipe]:
     """Two teachers in a row, 12 questions, 2 mask stages and 1, 6 updates at a rate that changes every answer."""
-    raw = {
+    raw: dict[str, Any] = {
         "student": str(models.student),
         "teachers": [{"model": str(models.student), "r_max": 0.2}, {"model": str(models.teacher), "r_max": 0.0}],
         "data": {"train": str(questions / "train.jsonl"), "validation": str(questions / "validation.jsonl"), "limit": 12},
@@ -129,4 +129,4 @@ def test_a_checkpoint_of_another_recipe_is_refused(recipe_of: Callable[..., Reci
         distill(ours)
     assert "\n" not in str(caught.value)
     assert not (ours.out / "student").exists()
-    assert losses_of(ours) == [], "nothing was trained on another's weights"
+    assert losses_of(ours.out) == [], "nothing was trained on another's weights"

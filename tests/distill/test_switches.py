@@ -120,7 +120,7 @@ def test_without_min_max_a_reward_does_not_depend_on_its_group():
 @pytest.fixture
 def answers_of(models: Any, questions: Path, tmp_path: Path) -> Callable[..., dict[str, list[dict[str, Any]]]]:
     """The responses of a run of 8 questions in 2 mask stages, by source, with changes to its recipe."""
-    raw = {
+    raw: dict[str, Any] = {
         "student": str(models.student),
         "teachers": [{"model": str(models.teacher), "r_max": 0.2}],
         "data": {"train": str(questions / "train.jsonl"), "validation": str(questions / "validation.jsonl"), "limit": 8},
