@@ -20,6 +20,8 @@ from ..progress import say
 from .recipe import Recipe, recipe_values
 from .skipped import SKIPPED, read_skipped
 
+# Settings of the answers that change none of them: a server may move, and a run goes on with another limit.
+PASSING = ("endpoint", "vllm", "processes", "max_failed")
 READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
 
 
@@ -28,7 +30,7 @@ def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]
     """Hold a folder for this process alone; the lock goes with the process, however it ends. What a killed one was writing is removed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 - closed below
+        lock = open(out / ".lock", "a")  # noqa: SIM115 - closed below
     except OSError as error:
         raise RunError(f"{out} can't hold {what} ({error.strerror}); expected a folder that can be written to, choose another one") from None
     with lock as handle:
@@ -52,7 +54,7 @@ def claim(recipe: Recipe) -> None:
 
 def answers_values(recipe: Recipe) -> dict[str, Any]:
     """What responses, masks and the teacher's states depend on, and nothing else, so that runs which differ elsewhere can share them."""
-    values = recipe_values(recipe)
+    values = lasting(recipe_values(recipe))
     # A student that answers after it has been trained is one that this recipe has made.
     trained = len(recipe.teachers) > 1 or recipe.answers.refresh == "stage"
     keys = ("answers", "mask", "longest", "seed") + (("objective", "train", "preset") if trained else ())
@@ -62,7 +64,9 @@ def answers_values(recipe: Recipe) -> dict[str, Any]:
 
 def training_mark(recipe: Recipe) -> str:
     """A hash of all that decides what a checkpoint holds; where the run stands on disk does not."""
-    values = {key: value for key, value in recipe_values(recipe).items() if key not in ("out", "buffer", "student", "teachers", "data", "teacher_signal")}
+    values = {
+        key: value for key, value in lasting(recipe_values(recipe)).items() if key not in ("out", "buffer", "student", "teachers", "data", "teacher_signal")
+    }
     values |= {"fingerprints": fingerprints(recipe), "limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers]}
     return digest(values)
 
@@ -76,7 +80,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     """Hashes of the models' and the questions' files, and of which questions are skipped: an image that comes later changes what is asked when."""
     folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
     found = {name: _hash(folder, _state(folder)) for name, folder in folders.items() if folder.is_dir()}
-    found |= {"train": _hash(recipe.data.train, _state(recipe.data.train))} if recipe.data.train.is_file() else {}
+    files = {"train": recipe.data.train, "tokenizer": recipe.student / "tokenizer.json"}
+    found |= {name: _hash(path, _state(path)) for name, path in files.items() if path.is_file()}
     left_out = read_skipped(recipe.out / SKIPPED) if (recipe.out / SKIPPED).exists() else []
     ids = [row.id for row in left_out if row.file == "train"]
     return found | ({"skipped": digest({"ids": ids})} if ids else {})
@@ -89,11 +94,30 @@ def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
         return
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in values.keys() | before.keys() if values.get(key) != before.get(key))
+        changed = differing(lasting(values), lasting(before))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise RunError(f"{path} is damaged; remove {path.parent} to begin anew") from None
     if changed:
         raise RunError(f"{what} {path.parent} was begun with another recipe ({', '.join(changed)} differ); choose another folder, or remove that one")
+
+
+def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain values less those that change no answer."""
+    answers = values.get("answers")
+    kept = {"answers": {key: value for key, value in answers.items() if key not in PASSING}} if isinstance(answers, dict) else {}
+    return {**values, **kept}
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The keys under which two recipes differ, as dotted names."""
+    found = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        left, right = ours.get(key), theirs.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += [f"{key}.{name}" for name in differing(left, right)]
+        elif left != right:
+            found.append(key)
+    return found
 
 
 def _state(path: Path) -> tuple[tuple[str, int, int], ...]:

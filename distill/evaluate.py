@@ -20,7 +20,7 @@ def greedy_answers(model: Any, encoder: Encoder, samples: Sequence[Sample], max_
     """The greedy answer to every sample, in the order of `samples`."""
     sampling, family = dataclasses.replace(GREEDY, max_tokens=max_tokens), family_of(model.config.model_type)
     found: dict[str, Generated] = {}
-    for group in bar(list(batches_by_length(samples, encoder, batch)), label):
+    for group in bar(list(batches_by_length(samples, batch)), label):
         answers = generate(model, encoder, family.collate_pixels, group, 1, sampling)
         found.update({sample.id: answer for sample, [answer] in zip(group, answers, strict=True)})
     return [found[sample.id] for sample in samples]

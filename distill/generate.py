@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..samples import Sample
-from .inputs import CollatePixels, Encoder, pad_left, pad_places, to_device
+from .inputs import CollatePixels, Encoder, Prompt, pad_left, pad_places, to_device
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: its text, the ids that were sampled (end token included), and why it ended ('stop' or 'length')."""
+    """One answer: its text, the ids that were sampled (end token included), and why it ended ('stop', 'length' or, for the `reason`, 'failed')."""
 
     text: str
     ids: tuple[int, ...]
     finish: str
+    reason: str = ""
+    told: bool = True  # whether the ids come from the engine, and not from its text
+
+
+def failed(reason: str) -> Generated:
+    """An answer that was asked for and did not come."""
+    return Generated("", (), "failed", reason)
 
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
 
 
-def batches_by_length(samples: Sequence[Sample], encoder: Encoder, size: int) -> Iterator[list[Sample]]:
+def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
     """Batches of prompts of similar length, so that little of a batch is padding."""
     order = sorted(samples, key=lambda sample: (len(sample.prompt), sample.id))
     for start in range(0, len(order), size):
@@ -74,14 +81,23 @@ def batches_by_length(samples: Sequence[Sample], encoder: Encoder, size: int) ->
 
 @torch.inference_mode()
 def generate(
-    model: Any, encoder: Encoder, collate_pixels: CollatePixels, samples: Sequence[Sample], count: int, sampling: Sampling, seed: int = 0, key: str = ""
+    model: Any,
+    encoder: Encoder,
+    collate_pixels: CollatePixels,
+    samples: Sequence[Sample],
+    count: int,
+    sampling: Sampling,
+    seed: int = 0,
+    key: str = "",
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[list[Generated]]:
     """`count` answers to each sample of one batch. The images are encoded, and the prompt is read, once for all of them.
 
-    The random numbers of an answer follow from `seed`, `key`, the sample's id and the answer's place alone.
+    The random numbers of an answer follow from `seed`, `key`, the sample's id and the answer's place alone. `prompts` are the samples' where they
+    were encoded already.
     """
     model.eval()
-    prompts = [encoder.prompt(sample) for sample in samples]
+    prompts = [encoder.prompt(sample) for sample in samples] if prompts is None else prompts
     ids, mask = pad_left([prompt.ids for prompt in prompts], encoder.pad)
     ids, mask, places = ids.to(model.device), mask.to(model.device), pad_places(prompts).to(model.device)
     pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)

@@ -56,7 +56,7 @@ class Encoder:
         self.vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         # An answer must not hold them: a model would look for an image behind each.
         self.image_tokens = [int(i) for i in (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video")) if i is not None]
-        self._before_answer = self._text_before_answer()
+        self.before_answer = self._text_before_answer()
         self._cache: OrderedDict[Sample, Prompt] = OrderedDict()
         self._free = cache_bytes
 
@@ -106,7 +106,7 @@ class Encoder:
 
     def answer(self, text: str) -> list[int]:
         """The ids with which a model answers `text`, its end token included."""
-        return [*self.tokenizer(self._before_answer + text, add_special_tokens=False).input_ids, self.eos]
+        return [*self.tokenizer(self.before_answer + text, add_special_tokens=False).input_ids, self.eos]
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer that `ids` spell, without special tokens and outer white space."""

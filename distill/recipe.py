@@ -19,7 +19,9 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from .endpoint import Endpoint
 from .generate import Sampling
+from .launch import Launch
 from .mask import SCOPES
 from .objective import DIVERGENCES
 
@@ -56,6 +58,12 @@ class Answers:
     repetition_penalty: float = 1.05
     max_tokens: int = 64
     refresh: str = "teacher"  # when the student answers anew: under every teacher, or in every mask stage
+    engine: str = "transformers"  # what answers for the teachers: transformers, endpoint, vllm
+    student_engine: str = "transformers"
+    endpoint: Endpoint = field(default_factory=Endpoint)
+    vllm: Launch = field(default_factory=Launch)
+    processes: int | None = None  # that decode and preprocess images for transformers; None: as many as pay
+    max_failed: float = 0.01  # the share of answers that may fail; with more, the run stops before it trains
 
     @property
     def sampling(self) -> Sampling:
@@ -167,9 +175,10 @@ _CHOICES = {
     "mask.scope": SCOPES,
     "objective.divergence": DIVERGENCES,
     "objective.kl": ("k3", "full"),
-    "objective.distillation_reward": ("jsd_minmax", "jsd", "teacher_logprob", "none"),
+    "objective.distillation_reward": ("jsd_minmax", "teacher_logprob", "none"),
     "objective.advantages": ("all", "positive"),
     "objective.distill_on": ("all", "teacher", "right"),
+    **dict.fromkeys(("answers.engine", "answers.student_engine"), ("transformers", "endpoint", "vllm")),
     "train.schedule": ("constant", "linear", "cosine"),
     "train.dtype": ("float32", "bfloat16"),
     "train.keep": ("last", "best"),
@@ -182,6 +191,8 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
     **dict.fromkeys(("train.warm_up", "train.weight_decay", "data.max_skipped", "lora.dropout"), 0),
 }
+_LEAST |= dict.fromkeys(("answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
+_LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
 _POSITIVE = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
 
 
@@ -310,10 +321,12 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
     if recipe.data.max_skipped > 1:
         raise RecipeError(f"'data.max_skipped' is {recipe.data.max_skipped}; expected at most 1, the share of questions that may be skipped")
-    if recipe.buffer and recipe.buffer.resolve() == recipe.out.resolve():
-        raise RecipeError(f"'buffer' and 'out' are both {recipe.out}; expected a folder of its own for what several runs share")
     if answers.top_p > 1:
         raise RecipeError(f"'answers.top_p' is {answers.top_p}; expected at most 1, the share of probability to draw from")
+    if "endpoint" in (answers.engine, answers.student_engine) and not (answers.endpoint.url and answers.endpoint.model):
+        raise RecipeError("the engine 'endpoint' has no server; expected its address and a model in answers.endpoint.url and answers.endpoint.model")
+    if answers.student_engine == "endpoint" and answers.student and (len(recipe.teachers) > 1 or answers.refresh == "stage"):
+        raise RecipeError("the student answers again after it was trained in this run, and no endpoint has it then; set answers.student_engine")
     if recipe.lora and recipe.lora.dropout >= 1:
         raise RecipeError(f"'lora.dropout' is {recipe.lora.dropout}; expected less than 1, the share of an adapter's inputs to leave out")
     for key, expressions in {"mask.exclude": recipe.mask.exclude, "lora.targets": recipe.lora.targets if recipe.lora else ()}.items():

@@ -24,10 +24,11 @@ class Response:
     seed: int
     text: str
     ids: tuple[int, ...]  # the tokens that were sampled, end token included
-    finish: str  # stop or length
+    finish: str  # stop, length or, for the reason given, failed
     verdict: float | None  # 1 right, 0 wrong, None not judged
     judge: str
     reason: str
+    key: str = ""  # what the row follows from: see buffer.py
 
 
 SCHEMA = pa.schema(
@@ -43,6 +44,7 @@ SCHEMA = pa.schema(
         ("verdict", pa.float64()),
         ("judge", pa.string()),
         ("reason", pa.string()),
+        ("key", pa.string()),
     ]
 )
 
@@ -77,9 +79,11 @@ class DistinctResponse:
 
 
 def distinct(responses: Sequence[Response]) -> list[DistinctResponse]:
-    """One group's responses without repetitions, in the order of first appearance."""
+    """One group's responses without repetitions and failed ones, in the order of first appearance."""
     by_ids: dict[tuple[int, ...], list[Response]] = {}
     for response in responses:
+        if response.finish == "failed":
+            continue
         by_ids.setdefault(response.ids, []).append(response)
     return [
         DistinctResponse(ids, len(same), same[0].verdict, any(r.source == "teacher" for r in same), any(r.source == "truth" for r in same))

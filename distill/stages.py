@@ -11,9 +11,10 @@ import dataclasses
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,20 @@ from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample, read_samples
 from . import lora, models
+from .answers import Asking, Source, collect
+from .buffer import check_failures, image_digests
 from .checkpoint import read_checkpoint, set_weights
 from .claims import answers_values, claim, claim_file, digest, locked
+from .engines import Weights, check_names, open_engine
 from .evaluate import greedy_answers, scores
 from .families import SUPPORTED, family_of, shares_prompts
-from .generate import batches_by_length, generate
 from .inputs import Encoder
-from .judge import NAME as JUDGE
 from .judge import judge
 from .mask import TensorMask, apply_mask, plan_masks, restore
+from .materialize import write_masked
 from .recipe import Objective, Recipe, Teacher, recipe_values
 from .report import read_run, write_report
-from .responses import DistinctResponse, Response, distinct, read_responses, write_responses
+from .responses import DistinctResponse, Response, distinct
 from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
@@ -45,9 +48,7 @@ from .train import MetricsLog, Step, Trainer, plan_steps
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-QUESTIONS_PER_FILE = 1024  # a killed run generates at most this many questions' answers again
-
-TEXTS_COMPARED = 256  # questions, with their answers, of which a teacher's tokenizer must make the student's tokens
+QUESTIONS_PER_FILE = 1024  # of the teacher's states: a killed run computes at most this many questions' again
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,6 @@ class _Run:
         files = {"train": DataFile(data.train, read_samples(data.train, data.limit)), "validation": DataFile(data.validation, read_samples(data.validation))}
         for teacher in recipe.teachers:
             models.check_pair(teacher.model, recipe.student)
-        sizes = [models.count_weights(teacher.model) for teacher in recipe.teachers]
-        if sizes != sorted(sizes):
-            say("a teacher is followed by a smaller one: the method takes the smallest first, this run the order of the recipe")
         configs = [models.read_config(folder) for folder in (recipe.student, *(teacher.model for teacher in recipe.teachers))]
         self.family = family_of(configs[0].model_type)
         longest = models.longest_prompt(configs, recipe.longest, recipe.answers.max_tokens)
@@ -120,11 +118,11 @@ class _Run:
         if not self.shared:
             say(f"{configs[0].model_type} has recurrent or windowed layers: every response is read with a prompt of its own, which costs more")
         self.steps = plan_run(recipe, self.shares)
+        if recipe.answers.engine == "endpoint":
+            check_names(recipe.answers.endpoint, [source for share in self.shares for source in teacher_sources(share, recipe.answers.teacher)])
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
-        for teacher in recipe.teachers:
-            models.check_prompts(teacher.model, self.encoder, self.shares[0].samples[:TEXTS_COMPARED])
         if configs[0].model_type not in SUPPORTED:
             prompt = self.encoder.prompt(self.shares[0].samples[0])
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
@@ -177,52 +175,86 @@ class _Run:
 
     def answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int]) -> dict[str, list[DistinctResponse]]:
         """All responses to the questions of some mask stages: from the teacher under each one's mask, from the student as it is, and the truth."""
-        wanted, paths = self.recipe.answers, []
+        wanted, asked, rows = self.recipe.answers, share.asked(stages), list[Response]()
         self._claim_buffer()
-        if wanted.teacher:
-            paths += self._generate(share, masks, self._files(share, stages, self.buffer, ".parquet"))
-        if wanted.student:
-            paths += self._generate_student(share, stages)
-        rows = read_responses(paths)
+        if wanted.teacher or wanted.student:
+            images = image_digests(asked)
+            with self._alone():
+                rows = [*self._teacher_answers(share, masks, stages, images), *self._student_answers(share, stages, images)]
         if wanted.truth:
-            rows += [_truth(sample, self.encoder) for sample in share.asked(stages) for _ in range(wanted.truth)]
+            rows += [_truth(sample, self.encoder) for sample in asked for _ in range(wanted.truth)]
         groups: dict[str, list[Response]] = defaultdict(list)
         for row in rows:
             groups[row.sample].append(row)
         return {sample: distinct(group) for sample, group in groups.items()}
+
+    def _teacher_answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], images: Mapping[str, str]) -> list[Response]:
+        sources, rows = teacher_sources(share, self.recipe.answers.teacher), list[Response]()
+        teacher = cache(lambda: _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype))  # loaded if any stage lacks answers
+        for stage in stages if self.recipe.answers.teacher else ():
+            weights = Weights(partial(_masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
+            rows += self._collect(self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages))
+        check_failures(rows, self.recipe.answers.max_failed, share.teacher.model.name)
+        return rows
+
+    def _student_answers(self, share: Share, stages: Sequence[int], images: Mapping[str, str]) -> list[Response]:
+        wanted = self.recipe.answers
+        suffix = "" if len(stages) == len(share.ratios) else f"-stage{stages[0]}"
+        source = Source(f"student{share.number}{suffix}", "student", share.number, self.recipe.student.name, 0.0, wanted.student)
+        weights = Weights(partial(self._answering_student, share, stages), partial(self._student_folder, share, stages))
+        asked = share.asked(stages) if wanted.student else []
+        rows = self._collect(wanted.student_engine, source, asked, images, weights, self._settled(share, stages)) if asked else []
+        check_failures(rows, wanted.max_failed, "the student")
+        return rows
+
+    def _collect(
+        self, engine: str, source: Source, samples: Sequence[Sample], images: Mapping[str, str], weights: Weights, settled: Callable[[], bool]
+    ) -> list[Response]:
+        wanted = self.recipe.answers
+        asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge)
+        opened = partial(open_engine, engine, wanted, source, asking, self.encoder, self.family.collate_pixels, weights, self.out / "serving")
+        return collect(asking, source, samples, images, opened, settled)
+
+    def _settled(self, share: Share, stages: Sequence[int]) -> Callable[[], bool]:
+        """Whether updates or the teacher's states were made from these questions' answers: then the failed ones stay so."""
+
+        def settled() -> bool:
+            files = self._files(share, stages, (self.recipe.buffer or self.out) / "teacher", ".safetensors")
+            if len(_missing(files)) < len(files):
+                return True
+            return (self.out / "checkpoints").exists() and self._trainer().done > self._first_step(share, stages)
+
+        return settled
+
+    def _first_step(self, share: Share, stages: Sequence[int]) -> int:
+        return min((step.number for step in self.steps[share.number] if step.stage in stages), default=0)
+
+    def _masked_folder(self, share: Share, masks: Sequence[TensorMask], ratio: float, place: Path) -> Path:
+        if ratio == 0:
+            return share.teacher.model
+        return write_masked(share.teacher.model, place, masks, ratio, self.dtype)
+
+    @contextmanager
+    def _answering_student(self, share: Share, stages: Sequence[int]) -> Iterator[Any]:
+        self._check_untrained(share, stages)
+        with self._trainer().autocast():
+            yield self._student()
+
+    def _student_folder(self, share: Share, stages: Sequence[int], place: Path) -> Path:
+        if self._first_step(share, stages) == 0:
+            return self.recipe.student
+        self._check_untrained(share, stages)
+        self._write_model(self._trained_student("last"), place)
+        return place
 
     def _files(self, share: Share, stages: Sequence[int], folder: Path, suffix: str) -> dict[Path, tuple[int, list[Sample]]]:
         """The files of what a teacher gives to its questions, with the mask stage and the questions of each."""
         names = {stage: _chunks(share, share.bounds[stage], f"teacher{share.number}-stage{stage}") for stage in stages}
         return {folder / f"{name}{suffix}": (stage, chunk) for stage, chunks in names.items() for name, chunk in chunks}
 
-    def _generate(self, share: Share, masks: Sequence[TensorMask], files: Mapping[Path, tuple[int, list[Sample]]]) -> list[Path]:
-        if _missing(files):
-            with self._alone():
-                teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype)
-                for path in bar(_missing(files), f"answers of {share.teacher.model.name}"):
-                    stage, chunk = files[path]
-                    teacher.set_ratio(share.ratios[stage])
-                    source = {"source": "teacher", "model": share.teacher.model.name, "ratio": share.ratios[stage]}
-                    write_responses(path, self._respond(teacher.model, chunk, self.recipe.answers.teacher, source))
-        return list(files)
-
-    def _generate_student(self, share: Share, stages: Sequence[int]) -> list[Path]:
-        whole = len(stages) == len(share.ratios)
-        parts = [_chunks(share, range(len(share.samples)), f"student{share.number}")] if whole else []
-        parts += [] if whole else [_chunks(share, share.bounds[stage], f"student{share.number}-stage{stage}") for stage in stages]
-        files = {self.buffer / f"{name}.parquet": chunk for chunks in parts for name, chunk in chunks}
-        if _missing(files):
-            with self._alone(), self._trainer().autocast():
-                self._check_untrained(share, stages)
-                for path in bar(_missing(files), "answers of the student"):
-                    source = {"source": "student", "model": self.recipe.student.name, "ratio": 0.0}
-                    write_responses(path, self._respond(self._student(), files[path], self.recipe.answers.student, source))
-        return list(files)
-
     def _check_untrained(self, share: Share, stages: Sequence[int]) -> None:
         """Raise RunError if the student has been trained on questions that it is to answer first."""
-        first = min((step.number for step in self.steps[share.number] if step.stage in stages), default=0)
+        first = self._first_step(share, stages)
         if self._trainer().done > first:
             place = f"step {self._trainer().done}, its answers in {self.buffer} are missing and come from step {first}"
             raise RunError(f"the student stands at {place}; put them back, or remove {self.out / 'checkpoints'} to train it again")
@@ -248,21 +280,6 @@ class _Run:
                     head = write_head(folder, f"teacher{share.number}-head", share.ratios[stage], teacher.model, teacher.tensors, mark)
                     reader.write(path, layouts[path], chunk, teacher.model, {"head": head.name, "mark": mark})
         return CachedSignal(list(files), models.device())
-
-    def _respond(self, model: Any, samples: Sequence[Sample], count: int, source: Mapping[str, Any]) -> list[Response]:
-        """`count` judged responses to each sample."""
-        wanted, seed = self.recipe.answers, self.recipe.seed
-        found: dict[str, list[Response]] = {}
-        for batch in batches_by_length(samples, self.encoder, wanted.batch):
-            # The source is part of the key of the random numbers, or teacher and student would draw alike.
-            key = f"{source['source']}/{source['ratio']}"
-            for sample, answers in zip(batch, generate(model, self.encoder, self.family.collate_pixels, batch, count, wanted.sampling, seed, key), strict=True):
-                verdicts = [judge(sample, answer.text) for answer in answers]
-                found[sample.id] = [
-                    Response(sample.id, **source, seed=seed, text=a.text, ids=a.ids, finish=a.finish, verdict=v.value, judge=JUDGE, reason=v.reason)
-                    for a, v in zip(answers, verdicts, strict=True)
-                ]
-        return [response for sample in samples for response in found[sample.id]]
 
     def train(
         self,
@@ -312,31 +329,34 @@ class _Run:
         if target.exists():
             return
         self._report()
-        student = self._trained_student()
+        student = self._trained_student(self.recipe.train.keep, self.out / "adapter" if self.recipe.lora and self.recipe.lora.keep_adapter else None)
         with whole_folder(target) as part:
-            try:
-                student.save_pretrained(part)
-            except SafetensorError as error:  # what safetensors makes of a full disk
-                raise OSError(str(error).splitlines()[0]) from error
-            self.encoder.processor.save_pretrained(part)
-            for name in PROCESSOR_FILES:  # as they came, settings for videos included
-                if (self.recipe.student / name).is_file():
-                    shutil.copyfile(self.recipe.student / name, part / name)
+            self._write_model(student, part)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
         say(f"student written to {target}")
 
-    def _trained_student(self) -> Any:
-        """The last or the best weights in bfloat16, adapters merged."""
+    def _write_model(self, model: Any, folder: Path) -> None:
+        """An ordinary Hugging Face folder with the student's own processor files."""
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        self.encoder.processor.save_pretrained(folder)
+        for name in PROCESSOR_FILES:  # as they came, settings for videos included
+            if (self.recipe.student / name).is_file():
+                shutil.copyfile(self.recipe.student / name, folder / name)
+
+    def _trained_student(self, keep: str, adapter: Path | None = None) -> Any:
+        """The 'last' or the 'best' weights in bfloat16, adapters merged, and kept in the folder `adapter` if one is named."""
         student = models.load_model(self.recipe.student, torch.float32)
-        kept = {"last": "last.pt", "best": "best.pt"}[self.recipe.train.keep]
-        weights = read_checkpoint(self.out / "checkpoints" / kept)["student"]
+        weights = read_checkpoint(self.out / "checkpoints" / f"{keep}.pt")["student"]
         if not self.recipe.lora:
             set_weights(student, weights)
             return student.to(torch.bfloat16)
         adapted = lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
         set_weights(student, weights)
-        if self.recipe.lora.keep_adapter:
-            lora.write_adapter(adapted, self.out / "adapter", self.recipe.student)
+        if adapter:
+            lora.write_adapter(adapted, adapter, self.recipe.student)
         return adapted.merge_and_unload().to(torch.bfloat16)
 
     def _report(self) -> None:
@@ -379,6 +399,18 @@ class _MaskedTeacher:
         if ratio != self.ratio and ratio > 0:
             apply_mask(self.tensors, self.masks, ratio)
         self.ratio = ratio
+
+
+@contextmanager
+def _masked(teacher: Callable[[], _MaskedTeacher], ratio: float) -> Iterator[Any]:
+    teacher().set_ratio(ratio)
+    yield teacher().model
+
+
+def teacher_sources(share: Share, count: int) -> list[Source]:
+    """Whose answers a teacher's questions get, mask stage by mask stage."""
+    name = share.teacher.model.name
+    return [Source(f"teacher{share.number}-stage{stage}", "teacher", share.number, name, ratio, count) for stage, ratio in enumerate(share.ratios)]
 
 
 def plan_shares(recipe: Recipe, samples: Sequence[Sample]) -> list[Share]:

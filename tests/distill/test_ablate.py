@@ -188,4 +188,4 @@ def test_an_ablation_reads_the_teacher_once_stops_and_continues(recipe: Path, mo
     assert "8 questions and 2 seeds" in lines[-1]
     refused = CliRunner().invoke(main, ["ablate", str(recipe), "--vary", "objective.beta=0,0.3", "--seeds", "2"])
     assert refused.exit_code == 2
-    assert "another recipe (train differ" in refused.stderr
+    assert "another recipe (train.schedule differ" in refused.stderr

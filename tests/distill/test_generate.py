@@ -171,11 +171,10 @@ def test_generation_leaves_a_model_ready_to_train_as_it_was(tiny: Any, encoder: 
 
 
 def test_batches_hold_every_question_once_and_similar_lengths_together(samples: list[Sample]):
-    encoder: Any = None
-    batches = list(batches_by_length(samples, encoder, 7))
+    batches = list(batches_by_length(samples, 7))
     assert sorted(s.id for batch in batches for s in batch) == sorted(s.id for s in samples)
     assert [len(batch) for batch in batches] == [7] * 5 + [5]
     lengths = [len(s.prompt) for batch in batches for s in batch]
     assert lengths == sorted(lengths)
-    again = list(batches_by_length(list(reversed(samples)), encoder, 7))
+    again = list(batches_by_length(list(reversed(samples)), 7))
     assert again == batches, "whatever the order that they come in"

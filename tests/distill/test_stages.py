@@ -18,11 +18,12 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from masters.distill import stages
+from masters.distill import answers, stages
+from masters.distill.generate import generate
 from masters.distill.judge import Verdict
 from masters.distill.recipe import PRESETS, Recipe, build_recipe
 from masters.distill.stages import distill
-from masters.errors import DataError, ImageError, MastersError, ModelError, RecipeError, RunError
+from masters.errors import DataError, MastersError, ModelError, RecipeError, RunError
 from masters.samples import read_samples
 
 
@@ -222,7 +223,7 @@ def test_runs_can_share_their_answers(raw: dict[str, Any]):
     assert {path: path.stat().st_mtime_ns for path in Path(shared).iterdir()} == made
     assert not (first / "responses").exists()
     assert (first / "student" / "model.safetensors").read_bytes() != (second / "student" / "model.safetensors").read_bytes()
-    with pytest.raises(RunError, match=r"buffer of responses .*answers differ"):
+    with pytest.raises(RunError, match=r"buffer of responses .*\(answers\.max_tokens differ\)"):
         distill(recipe_of(raw, buffer=shared, out=raw["out"] + "-third", answers={"batch": 8, "max_tokens": 4}))
 
 
@@ -240,7 +241,7 @@ def test_several_teachers_share_answers_only_between_runs_that_train_alike(raw: 
 def test_another_recipe_on_the_same_folder_is_refused_and_named(raw: dict[str, Any]):
     out = distill(recipe_of(raw), until="check")
     before = (out / "recipe.yaml").read_bytes(), (out / "plan.json").read_bytes()
-    with pytest.raises(RunError, match=r"begun with another recipe \(objective, train differ\)") as caught:
+    with pytest.raises(RunError, match=r"begun with another recipe \(objective\.beta, train\.learning_rate differ\)") as caught:
         distill(recipe_of(raw, train__learning_rate=2e-3, objective={"beta": 0.2}))
     one_line(caught)
     assert ((out / "recipe.yaml").read_bytes(), (out / "plan.json").read_bytes()) == before
@@ -255,15 +256,27 @@ def test_another_student_or_other_questions_under_the_same_name_are_refused(raw:
     distill(recipe, until="check")
     lines = (data / "train.jsonl").read_text().splitlines()
     (data / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(RunError, match="fingerprints differ"):
+    with pytest.raises(RunError, match=r"\(fingerprints\.train differ\)"):
         distill(recipe, until="check")
     (data / "train.jsonl").write_text("\n".join(lines) + "\n")
     distill(recipe, until="check")
     shutil.copyfile(models.teacher / "generation_config.json", student / "generation_config.json")
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(json.dumps(config | {"note": "changed"}))
-    with pytest.raises(RunError, match="fingerprints differ"):
+    with pytest.raises(RunError, match=r"\(fingerprints\.student differ\)"):
         distill(recipe, until="check")
+    (student / "config.json").write_text(json.dumps(config, indent=2))
+    (student / "tokenizer.json").write_text((student / "tokenizer.json").read_text() + " ")
+    with pytest.raises(RunError, match=r"fingerprints\.tokenizer differ\)"):
+        distill(recipe, until="check")
+
+
+def test_a_run_goes_on_with_another_address_and_other_limits(raw: dict[str, Any]):
+    endpoint = {"url": "http://127.0.0.1:1/v1", "model": "{name}-{ratio}"}
+    distill(recipe_of(raw, answers__engine="endpoint", answers__endpoint=endpoint), until="check")
+    distill(recipe_of(raw, answers__engine="endpoint", answers__endpoint=endpoint | {"url": "http://127.0.0.1:2/v1"}, answers__max_failed=0.5), until="check")
+    with pytest.raises(RunError, match=r"\(answers\.engine differ\)"):
+        distill(recipe_of(raw), until="check")
 
 
 def test_a_recipe_that_was_refused_can_be_mended_and_run_in_the_same_folder(raw: dict[str, Any]):
@@ -324,7 +337,7 @@ def test_a_first_prompt_that_is_too_long_is_found_at_once(raw: dict[str, Any]):
 
 def test_a_truncated_answers_file_is_named_and_made_again_once_removed(raw: dict[str, Any]):
     out = distill(recipe_of(raw), until="answers")
-    answers = answers_of(out)
+    made = answers_of(out)
     path = sorted((out / "responses").glob("teacher0*.parquet"))[1]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -333,7 +346,7 @@ def test_a_truncated_answers_file_is_named_and_made_again_once_removed(raw: dict
     one_line(caught)
     path.unlink()
     distill(recipe_of(raw), until="answers")
-    assert answers_of(out) == answers
+    assert answers_of(out) == made
 
 
 def test_a_damaged_recipe_or_mask_file_is_one_line(raw: dict[str, Any]):
@@ -407,9 +420,9 @@ def test_a_run_continues_with_the_rows_that_it_began_with(spoilt: dict[str, Any]
     distill(recipe)
     assert (out / "plan.json").read_bytes() == before
     (out / "skipped.jsonl").unlink()
-    with pytest.raises(RunError, match="fingerprints differ"):
+    with pytest.raises(RunError, match=r"\(fingerprints\.skipped differ\)"):
         distill(recipe)
-    with pytest.raises(RunError, match=r"buffer of responses .*fingerprints differ"):
+    with pytest.raises(RunError, match=r"buffer of responses .*\(fingerprints\.skipped differ\)"):
         distill(recipe_of(spoilt, buffer=shared, out=str(tmp_path / "second")))
 
 
@@ -423,27 +436,44 @@ def test_more_bad_rows_than_the_recipe_allows_stop_the_run_before_it_begins(spoi
     distill(recipe_of(spoilt), until="check")
 
 
-def test_an_image_that_goes_bad_later_is_one_line_and_finished_answers_stay(
-    raw: dict[str, Any], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_image_that_goes_bad_later_is_one_line_and_the_other_answers_stay(raw: dict[str, Any], questions: Path, tmp_path: Path):
     data = tmp_path / "data"
     shutil.copytree(questions, data)
     recipe = recipe_of(raw, data={"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "limit": 12})
-    monkeypatch.setattr(stages, "QUESTIONS_PER_FILE", 3)
     distill(recipe, until="check")
-    last = stages.plan_shares(recipe, read_samples(recipe.data.train, 12))[0].samples[11]
-    image = last.images[0]
+    sample = stages.plan_shares(recipe, read_samples(recipe.data.train, 12))[0].samples[11]
+    image = sample.images[0]
     assert isinstance(image, Path)
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ImageError, match=image.name) as caught:
+    with pytest.raises(RunError, match=rf"4 of 48 answers of teacher failed \(questions {sample.id} .*{image.name}") as caught:
         distill(recipe)
     one_line(caught)
-    kept = {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}
-    assert len(kept) == 3
+    before = {row["key"]: row for row in answers_of(recipe.out)}
+    bad = [row for row in before.values() if row["finish"] == "failed"]
+    assert [(row["sample"], row["verdict"], row["ids"]) for row in bad] == [(sample.id, None, [])] * 4
     image.write_bytes(whole)
     distill(recipe, until="answers")
-    assert kept.items() < {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}.items()
+    after = {row["key"]: row for row in answers_of(recipe.out)}
+    assert len(after) == 96
+    assert not any(row["finish"] == "failed" for row in after.values())
+    kept = before.keys() & after.keys()
+    assert len(kept) == 44, "the whole image is another one, so its rows have other keys"
+    assert all(after[key] == before[key] for key in kept)
+
+
+def test_a_few_questions_without_an_answer_are_left_out_of_the_training(raw: dict[str, Any], questions: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(questions, data)
+    changes = {"data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "limit": 12}}
+    distill(recipe_of(raw, **changes), until="check")
+    gone = read_samples(data / "train.jsonl", 12)[3]
+    Path(gone.images[0]).unlink()  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=rf"an image of question '{gone.id}' can't be read"):
+        distill(recipe_of(raw, **changes))
+    out = distill(recipe_of(raw, **changes, answers__max_failed=0.1))
+    assert sum(row["questions"] for row in rows_of(out, "step")) == 11
+    assert {row["sample"] for row in answers_of(out) if row["finish"] == "failed"} == {gone.id}
 
 
 @pytest.fixture
@@ -459,22 +489,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_during_answers_keeps_what_was_finished(raw: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stages, "QUESTIONS_PER_FILE", 1)
-    recipe = recipe_of(raw, out=str(small_disk / "run"))
+    recipe = recipe_of(raw, out=str(small_disk / "run"), answers__batch=1)
     with pytest.raises(MastersError, match=r"could not write .*\.parquet: .*No space left on device") as caught:
         distill(recipe)
     one_line(caught)
-    files = sorted((recipe.out / "responses").glob("*.parquet"))
-    assert 0 < len(files) < 24
-    for path in files:
-        assert pq.read_table(path).num_rows == 4
+    kept = {row["key"]: row for path in (recipe.out / "responses").rglob("*.parquet") for row in pq.read_table(path).to_pylist()}
+    assert 0 < len(kept) < 96
+    assert len(kept) % 4 == 0
     assert not list(recipe.out.rglob(".*.part*")), "nothing half-written stays, so that the space is free again"
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    kept = {path.name: path.stat().st_ino for path in files}
+    made: list[str] = []
+    monkeypatch.setattr(answers, "generate", lambda *arguments, **more: made.extend(s.id for s in arguments[3]) or generate(*arguments, **more))
     distill(recipe, until="answers")
-    after = {path.name: path.stat().st_ino for path in (recipe.out / "responses").glob("*.parquet")}
-    assert len(after) == 24
-    assert kept.items() <= after.items()
+    after = {row["key"]: row for row in answers_of(recipe.out)}
+    assert len(after) == 96
+    assert all(after[key] == row for key, row in kept.items())
+    assert len(made) == 24 - len(kept) // 4, "what was kept is not made again"
 
 
 def test_a_full_disk_during_training_is_one_line(raw: dict[str, Any], small_disk: Path):
