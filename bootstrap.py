@@ -65,8 +65,24 @@ def crossed_interval(scores: np.ndarray, level: float = 0.95, seed: int = 0) -> 
     return Interval(float(values.mean()), float(low), float(high), questions, level)
 
 
+def median_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of median(ours) / median(theirs), two unpaired samples such as latencies, each resampled by itself; `mean` is the ratio."""
+    samples = [np.asarray(values, dtype=np.float64) for values in (ours, theirs)]
+    if not all(values.size for values in samples):
+        raise ValueError("a ratio of medians needs at least one value on each side")
+    rng = np.random.default_rng(seed)
+    medians = [np.concatenate([np.median(_resampled(values, rng, n), axis=1) for n in _chunks(values.size)]) for values in samples]
+    low, high = np.quantile(medians[0] / medians[1], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.median(samples[0]) / np.median(samples[1])), float(low), float(high), min(values.size for values in samples), level)
+
+
 def _resampled_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    return values[rng.integers(0, values.size, size=(resamples, values.size))].mean(axis=1)
+    return _resampled(values, rng, resamples).mean(axis=1)
+
+
+def _resampled(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """`resamples` draws with replacement, one a row."""
+    return values[rng.integers(0, values.size, size=(resamples, values.size))]
 
 
 def _chunks(size: int) -> list[int]:

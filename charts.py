@@ -76,7 +76,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart. `name` is its accessible name, `marks` are steps with a vertical hairline, `reference` a level with a dashed one."""
+    """One chart. `name` is its accessible name, `unit` what its horizontal axis counts, `marks` are steps with a vertical hairline, `reference` a level with
+    a dashed one."""
 
     identity: str
     name: str
@@ -85,6 +86,7 @@ class Chart:
     y: Axis
     marks: tuple[float, ...] = ()
     reference: float | None = None
+    unit: str = "step"
 
 
 def safe(text: str, longest: int | None = None) -> str:
@@ -184,7 +186,7 @@ def _words(chart: Chart, strong: Sequence[Sequence[float]]) -> str:
     parts = []
     for line, values in zip(chart.lines, strong, strict=True):
         curve = line.curve
-        first, last = (f"{number(curve.values[i])} at step {curve.steps[i]:,.0f}" for i in (0, -1))
+        first, last = (f"{number(curve.values[i])} at {chart.unit} {curve.steps[i]:,.0f}" for i in (0, -1))
         if len(curve.values) == 1:
             parts.append(f"{curve.name}: {first}.")
             continue
@@ -226,7 +228,7 @@ def _steps(chart: Chart) -> str:
     for i, (tick, label) in enumerate(zip(chart.x.ticks, _tick_labels(chart.x), strict=True)):
         place = chart.x.at(tick)
         side = "start" if place < 0.03 else "end" if place > 0.97 else "middle"
-        unit = '<tspan class="unit">step </tspan>' if i == 0 else ""
+        unit = f'<tspan class="unit">{safe(chart.unit)} </tspan>' if i == 0 else ""
         found.append(f'<text class="x{" spare" if i % 2 else ""}" text-anchor="{side}" x="{_percent(place)}" y="100%" dy="1.6em">{unit}{label}</text>')
     return "".join(found)
 
@@ -343,7 +345,7 @@ def _reading(chart: Chart, step: float, shown: Sequence[dict[float, float]], whe
             key = line.curve.name if line.label else KEYS[line.style] if len(chart.lines) > 1 else ""
             named = f'<tspan class="key" dx=".8em">{safe(key)}</tspan>' if key else ""
             values.append(f'{named}<tspan class="value{f" r{line.run}" if line.label else ""}" dx="{".3em" if key else ".8em"}">{number(there[step])}</tspan>')
-    return f'<text class="reading" x="0" y="0" dy="-1.3em"><tspan class="step">{when or f"step {step:,.0f}"}</tspan>{"".join(values)}</text>'
+    return f'<text class="reading" x="0" y="0" dy="-1.3em"><tspan class="step">{when or f"{safe(chart.unit)} {step:,.0f}"}</tspan>{"".join(values)}</text>'
 
 
 def _reading_steps(curves: Sequence[Curve]) -> list[float]:

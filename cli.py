@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from .errors import MastersError, missing_extra
+from .errors import MastersError, RecipeError, missing_extra
 
 PATH = click.Path(path_type=Path)
 
@@ -184,27 +184,41 @@ def _print_stream(stream: Any) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=PATH)
-@click.option("--data", type=PATH, required=True, help="Questions with answers.")
+@click.argument("bundle", type=PATH, required=False)
+@click.option("--data", type=PATH, help="Questions with answers.")
 @click.option("--budget", type=PATH, help="YAML of limits, such as min_accuracy: 0.8 or first_token_p90_ms: 400.")
 @click.option("--reference", type=PATH, help="The PyTorch model's answers (JSONL rows of id and text), for a paired comparison.")
 @click.option("--limit", type=int, help="Only the first questions.")
 @click.option("--max-tokens", type=int, default=32, show_default=True)
 @click.option("--threads", type=int, help="Default: one a core.")
 @click.option("--provider", default="cpu", show_default=True)
+@click.option("--sustained", "sustained_seconds", type=float, default=60, show_default=True, help="Seconds of one question over and over; 0 for none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@click.option("--html", type=PATH, help="Write the report as a page, with plots and the questions answered wrong.")
+@click.option("--compare", "reports", type=PATH, nargs=2, help="Instead of a check: what changed between two reports in JSON.")
 @_refusing
-def check(as_json: bool, **options: Any) -> None:
+def check(as_json: bool, html: Path | None, reports: tuple[Path, Path] | None, **options: Any) -> None:
     """Measure BUNDLE's accuracy and latency on this device, against a budget; exit code 1 if a limit is not kept."""
     from .manifest import read_manifest
     from .runtime.check import CheckConfig
     from .runtime.check import check as run_check
+    from .runtime.compare import compare, comparison_text
     from .runtime.report import report_text
 
+    if reports:
+        found = compare(*reports)
+        return click.echo(json.dumps(found.to_json(), indent=2) if as_json else comparison_text(found))
+    if options["bundle"] is None or options["data"] is None:
+        raise RecipeError("a check needs a bundle and --data with questions; or give --compare with two reports")
     config = CheckConfig(**options)
     # An ONNX bundle is opened by the check itself, after the cheaper inputs have been read.
     report = run_check(config, None if read_manifest(config.bundle).target == "onnx" else _open(config.bundle, config.provider, config.threads))
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else report_text(report))
+    if html:
+        from .runtime.check_page import write_page
+        from .samples import read_samples
+
+        write_page(html, report, read_samples(config.data, config.limit))
     sys.exit(0 if report.passed else 1)
 
 

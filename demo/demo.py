@@ -142,7 +142,7 @@ def _bundle_row(target: str, precision: str, student: Path, files: Mapping[str, 
     def checked(split: str) -> Callable[[], Mapping[str, Any]]:
         def run() -> Mapping[str, Any]:
             vlm = load(bundle, threads=config.threads) if target == "onnx" else open_bundle(bundle)
-            wanted = CheckConfig(bundle, files[split], limit=config.checked[target], max_tokens=MAX_TOKENS, min_seconds=1.0, cold_starts=0)
+            wanted = CheckConfig(bundle, files[split], limit=config.checked[target], max_tokens=MAX_TOKENS, min_seconds=1.0, cold_starts=0, sustained_seconds=0)
             return json.loads(json.dumps(check(wanted, vlm).to_json()))
 
         return run

@@ -24,6 +24,7 @@ import yaml
 from ..bootstrap import Interval, crossed_interval
 from ..errors import RecipeError
 from ..files import read_json, sha256_file, write_json
+from ..page import Table
 from ..progress import say
 from ..samples import Sample, read_samples
 from . import models
@@ -32,7 +33,8 @@ from .evaluate import greedy_answers, scores
 from .families import family_of
 from .inputs import Encoder
 from .recipe import Recipe, read_recipe
-from .report import Table, write_report
+from .report import write_report
+from .skipped import SKIPPED, read_skipped, write_skipped
 from .stages import distill
 
 UNTOUCHED = "untouched student"
@@ -94,7 +96,9 @@ def ablate(config: AblateConfig) -> Ablation:
     data = config.data or base.data.validation
     samples = read_samples(data)
     with locked(base.out, "an ablation"):
+        looked: dict[Any, Path] = {}
         for run in runs:
+            _share_skipped(looked.setdefault((run.recipe.buffer, run.recipe.data.validation), run.recipe.out / SKIPPED), run.recipe.out / SKIPPED)
             distill(run.recipe, "check")
         found: dict[str, list[list[float]]] = {UNTOUCHED: [_scored(base.student, base, data, samples, base.out / "untouched")]}
         for place, run in enumerate(runs, start=1):
@@ -194,6 +198,12 @@ def _folder(name: str) -> str:
     """A name that every file system takes; a hash tells apart what was cut or replaced."""
     plain = re.sub(r"[^\w.=+,-]+", "_", name)
     return plain if plain == name and len(plain) <= 80 else f"{plain[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _share_skipped(found: Path, path: Path) -> None:
+    """Which questions can't be used is the same for all runs of one buffer: only the first looks through the images."""
+    if found.exists() and not path.exists():
+        write_skipped(path, read_skipped(found))
 
 
 def _scored(model: Path, recipe: Recipe, data: Path, samples: Sequence[Sample], folder: Path) -> list[float]:

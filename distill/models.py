@@ -15,9 +15,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from ..errors import MastersError, ModelError, RecipeError
+from ..samples import Sample
 from .families import SUPPORTED, check_config, family_of
 from .forward import packing_error
-from .inputs import CollatePixels, Prompt
+from .inputs import CollatePixels, Encoder, Prompt
 from .mask import maskable
 from .recipe import Mask
 from .stored import StoredTensors, read_header, stored_weights, weight_files
@@ -129,6 +130,27 @@ def longest_prompt(configs: Sequence[Any], wanted: int, answer: int) -> int:
     if left < 1:
         raise RecipeError(f"'answers.max_tokens' is {answer}, and the models read {left + answer} tokens in all; expected room for a prompt, lower it")
     return min(wanted, left)
+
+
+def check_prompts(teacher: Path, encoder: Encoder, samples: Sequence[Sample]) -> None:
+    """Raise ModelError unless the teacher's own processor makes of the first question what `encoder`, the student's, does, and of all texts the same ids.
+
+    Equal settings are not enough: merges of a tokenizer or the tokens of an image may differ with one vocabulary.
+    """
+    theirs = Encoder(load_processor(teacher), encoder.longest, positions=encoder.positions)
+    if theirs.eos != encoder.eos:
+        raise ModelError(f"{teacher} ends its answers with the id {theirs.eos}, the student with {encoder.eos}; expected one end token")
+    for sample in samples:
+        for text in (sample.prompt, *sample.answers):
+            if theirs.answer(text) != encoder.answer(text):
+                raise ModelError(
+                    f"the tokenizers of {teacher} and the student split '{text[:80]}' differently; expected the same ids, copy one's files to the other"
+                )
+    mine, other = encoder.prompt(samples[0]), theirs.encode(samples[0])
+    if not torch.equal(mine.ids, other.ids):
+        raise ModelError(f"{teacher} reads question '{samples[0].id}' as {len(other.ids)} tokens, the student as {len(mine.ids)} others; expected one prompt")
+    if mine.pixels.keys() != other.pixels.keys() or not all(torch.equal(t, other.pixels[name]) for name, t in mine.pixels.items()):
+        raise ModelError(f"the image processors of {teacher} and the student make different tensors of question '{samples[0].id}'; expected the same image")
 
 
 def freeze_vision(model: Any) -> None:

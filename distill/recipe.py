@@ -175,7 +175,7 @@ _CHOICES = {
     "mask.scope": SCOPES,
     "objective.divergence": DIVERGENCES,
     "objective.kl": ("k3", "full"),
-    "objective.distillation_reward": ("jsd_minmax", "teacher_logprob", "none"),
+    "objective.distillation_reward": ("jsd_minmax", "jsd", "teacher_logprob", "none"),
     "objective.advantages": ("all", "positive"),
     "objective.distill_on": ("all", "teacher", "right"),
     **dict.fromkeys(("answers.engine", "answers.student_engine"), ("transformers", "endpoint", "vllm")),
@@ -321,6 +321,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
     if recipe.data.max_skipped > 1:
         raise RecipeError(f"'data.max_skipped' is {recipe.data.max_skipped}; expected at most 1, the share of questions that may be skipped")
+    if recipe.buffer and recipe.buffer.resolve() == recipe.out.resolve():
+        raise RecipeError(f"'buffer' and 'out' are both {recipe.out}; expected a folder of its own for what several runs share")
     if answers.top_p > 1:
         raise RecipeError(f"'answers.top_p' is {answers.top_p}; expected at most 1, the share of probability to draw from")
     if "endpoint" in (answers.engine, answers.student_engine) and not (answers.endpoint.url and answers.endpoint.model):

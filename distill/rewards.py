@@ -24,11 +24,15 @@ def distillation_reward(kind: str, divergence: Tensor, teacher_logprob: Tensor, 
     """R_distill [J] in [0, 1] by `kind`.
 
     'jsd_minmax': (D_max - D_j) / (D_max - D_min), the paper's, 1 for the response on which teacher and student agree most.
+    'jsd': 1 - D_j, at least 0: the paper's without the scaling of each group.
     'teacher_logprob': the same scaling of the teacher's mean log-probability of the response, 1 for the one it finds likeliest.
     'none': 0.
     """
     if kind == "jsd_minmax":
         return minmax(-divergence, least_spread)
+    if kind == "jsd":
+        spread = divergence.max() - divergence.min()
+        return torch.where(spread > least_spread, (1 - divergence).clamp(min=0), torch.zeros_like(divergence))
     if kind == "teacher_logprob":
         return minmax(teacher_logprob, least_spread)
     return torch.zeros_like(divergence)

@@ -50,6 +50,8 @@ STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUESTIONS_PER_FILE = 1024  # of the teacher's states: a killed run computes at most this many questions' again
 
+TEXTS_COMPARED = 256  # questions, with their answers, of which a teacher's tokenizer must make the student's tokens
+
 
 @dataclass(frozen=True)
 class Share:
@@ -106,6 +108,9 @@ class _Run:
         files = {"train": DataFile(data.train, read_samples(data.train, data.limit)), "validation": DataFile(data.validation, read_samples(data.validation))}
         for teacher in recipe.teachers:
             models.check_pair(teacher.model, recipe.student)
+        sizes = [models.count_weights(teacher.model) for teacher in recipe.teachers]
+        if sizes != sorted(sizes):
+            say("a teacher is followed by a smaller one: the method takes the smallest first, this run the order of the recipe")
         configs = [models.read_config(folder) for folder in (recipe.student, *(teacher.model for teacher in recipe.teachers))]
         self.family = family_of(configs[0].model_type)
         longest = models.longest_prompt(configs, recipe.longest, recipe.answers.max_tokens)
@@ -123,6 +128,8 @@ class _Run:
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
+        for teacher in recipe.teachers:
+            models.check_prompts(teacher.model, self.encoder, self.shares[0].samples[:TEXTS_COMPARED])
         if configs[0].model_type not in SUPPORTED:
             prompt = self.encoder.prompt(self.shares[0].samples[0])
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)

@@ -22,7 +22,7 @@ from . import load
 from .budget import Budget, Gate, judge, read_budget
 from .device import MB, Device, peak_rss_mb, this_device
 from .graphs import OnnxParts
-from .latency import ColdStart, Latency, ask, measure_cold_start, measure_latency
+from .latency import ColdStart, Latency, Sustained, ask, measure_cold_start, measure_latency, measure_sustained
 from .session import Vlm
 
 
@@ -42,9 +42,18 @@ class CheckConfig:
     min_seconds: float = 3.0  # of the latency run
     warm_up: int = 1  # answers
     cold_starts: int = 3  # processes; 0 measures none
+    sustained_seconds: float = 60.0  # of one question over and over; 0 measures nothing
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("max_tokens", 1), ("min_count", 1), ("warm_up", 1), ("cold_starts", 0), ("min_seconds", 0)):
+        for name, least in (
+            ("limit", 1),
+            ("max_tokens", 1),
+            ("min_count", 1),
+            ("warm_up", 1),
+            ("cold_starts", 0),
+            ("min_seconds", 0),
+            ("sustained_seconds", 0),
+        ):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise RecipeError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
@@ -79,6 +88,7 @@ class CheckReport:
     device: Device
     accuracy: Accuracy
     latency: Latency
+    sustained: Sustained | None
     cold_start: ColdStart | None
     bundle_mb: float
     peak_rss_mb: float | None  # of the process that ran the check
@@ -106,6 +116,7 @@ def check(config: CheckConfig, vlm: Vlm | None = None) -> CheckReport:
     vlm = vlm or load(config.bundle, config.provider, config.threads)
     accuracy = measure_accuracy(vlm, samples, config.max_tokens, reference)
     latency = measure_latency(vlm, samples, config.max_tokens, config.min_count, config.min_seconds, config.warm_up)
+    sustained = measure_sustained(vlm, samples[0], config.max_tokens, config.sustained_seconds) if config.sustained_seconds else None
     cold = None
     if config.cold_starts and isinstance(vlm.parts, OnnxParts):
         cold = measure_cold_start(vlm.folder, vlm.parts.provider, vlm.parts.threads, samples[0], config.max_tokens, config.cold_starts)
@@ -117,6 +128,7 @@ def check(config: CheckConfig, vlm: Vlm | None = None) -> CheckReport:
         device=this_device(),
         accuracy=accuracy,
         latency=latency,
+        sustained=sustained,
         cold_start=cold,
         bundle_mb=bundle_bytes(vlm) / MB,
         peak_rss_mb=peak_rss_mb(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BundleError
+from ..progress import bar
 from ..samples import Sample
 from .answer import Answer, Timings
+from .energy import EnergyMeter
 from .session import Vlm
 
 
@@ -42,6 +45,28 @@ class Latency:
     first_token: Spread
     decode: Spread | None  # None where every answer was one token long
     total: Spread
+    joules: float | None  # of the whole processor, an answer; None where its counters can't be read
+    first_tokens: tuple[float, ...]  # ms, every answer's
+    decode_steps: tuple[float, ...]  # ms, every further token's
+
+
+@dataclass(frozen=True)
+class Sustained:
+    """One question asked over and over: whether the device keeps its speed, or heats up and slows down."""
+
+    seconds: float
+    ends: tuple[float, ...]  # s since the start, of every answer
+    totals: tuple[float, ...]  # ms, of every answer
+
+    @property
+    def burst(self) -> float:
+        """Answers a second in the first tenth of the time."""
+        return _rate(self.totals, [end <= 0.1 * self.seconds for end in self.ends], self.totals[:1])
+
+    @property
+    def steady(self) -> float:
+        """Answers a second in the last tenth of the time."""
+        return _rate(self.totals, [end > 0.9 * self.seconds for end in self.ends], self.totals[-1:])
 
 
 @dataclass(frozen=True)
@@ -77,10 +102,22 @@ def measure_latency(vlm: Vlm, samples: Sequence[Sample], max_tokens: int, min_co
     for sample in itertools.islice(questions, max(1, warm_up)):
         ask(vlm, sample, max_tokens)
     found: list[Timings] = []
-    start = time.perf_counter()
+    meter, start = EnergyMeter(), time.perf_counter()
     while len(found) < min_count or time.perf_counter() - start < min_seconds:
         found.append(ask(vlm, next(questions), max_tokens).timings)
-    return summarise(found, time.perf_counter() - start)
+    return summarise(found, time.perf_counter() - start, meter.joules())
+
+
+def measure_sustained(vlm: Vlm, sample: Sample, max_tokens: int, seconds: float) -> Sustained:
+    """Answer one sample again and again for `seconds`: equal work, so that a change is the device's."""
+    ends: list[float] = []
+    totals: list[float] = []
+    start = time.perf_counter()
+    for second in bar(range(math.ceil(seconds)), "sustained", total=math.ceil(seconds)):
+        while not ends or ends[-1] < min(second + 1, seconds):
+            totals.append(ask(vlm, sample, max_tokens).timings.total)
+            ends.append(time.perf_counter() - start)
+    return Sustained(ends[-1], tuple(ends), tuple(totals))
 
 
 def ask(vlm: Vlm, sample: Sample, max_tokens: int) -> Answer:
@@ -88,7 +125,8 @@ def ask(vlm: Vlm, sample: Sample, max_tokens: int) -> Answer:
     return vlm.answer(sample.prompt, sample.images, max_tokens=max_tokens)
 
 
-def summarise(found: Sequence[Timings], seconds: float) -> Latency:
+def summarise(found: Sequence[Timings], seconds: float, joules: float | None = None) -> Latency:
+    """The figures of a run of answers that took `seconds` and, where it was measured, `joules` in all."""
     steps = [step for timings in found for step in timings.decode_steps]
     return Latency(
         answers=len(found),
@@ -99,7 +137,16 @@ def summarise(found: Sequence[Timings], seconds: float) -> Latency:
         first_token=spread(t.first_token for t in found),
         decode=spread(steps) if steps else None,
         total=spread(t.total for t in found),
+        joules=None if joules is None else joules / len(found),
+        first_tokens=tuple(round(t.first_token, 4) for t in found),
+        decode_steps=tuple(round(step, 4) for step in steps),
     )
+
+
+def _rate(totals: Sequence[float], within: Sequence[bool], otherwise: Sequence[float]) -> float:
+    """Answers a second of those `within` a time; of `otherwise`, where that time was too short for one."""
+    chosen = [total for total, inside in zip(totals, within, strict=True) if inside] or otherwise
+    return 1000 * len(chosen) / sum(chosen)
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -14,13 +14,23 @@ def report_text(report: CheckReport) -> str:
         f"{report.bundle} ({report.target}) on provider '{report.provider}', {report.threads} threads",
         str(report.device),
     ]
-    parts = ["\n".join(head), table(("what", "measured"), _figures(report)), table(("stage, ms", "p50", "p90", "n"), _stages(report.latency))]
+    parts = ["\n".join(head), table(("what", "measured"), figure_rows(report)), table(("stage, ms", "p50", "p90", "n"), stage_rows(report.latency))]
     if report.gates:
-        rows = [(gate.what, number(gate.measured), number(gate.budget), gate.verdict) for gate in report.gates]
-        parts.append(table(("budget", "measured", "limit", "verdict"), rows))
-        missed = sum(gate.verdict != "pass" for gate in report.gates)
-        parts.append(f"{missed} of {len(report.gates)} limits missed" if missed else f"all {len(report.gates)} limits hold")
+        parts += [table(("budget", "measured", "limit", "verdict"), budget_rows(report)), summary(report)]
     return "\n\n".join(parts)
+
+
+def summary(report: CheckReport) -> str:
+    """One sentence: whether the limits hold."""
+    missed = sum(gate.verdict != "pass" for gate in report.gates)
+    if not report.gates:
+        return "no limits were set"
+    return f"{missed} of {len(report.gates)} limits missed" if missed else f"all {len(report.gates)} limits hold"
+
+
+def budget_rows(report: CheckReport) -> list[tuple[str, ...]]:
+    """Every limit with what was measured and the verdict."""
+    return [(gate.what, number(gate.measured), number(gate.budget), gate.verdict) for gate in report.gates]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,9 +47,10 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _figures(report: CheckReport) -> list[tuple[str, str]]:
+def figure_rows(report: CheckReport) -> list[tuple[str, ...]]:
+    """What was measured, with its value, a row each."""
     accuracy, cold = report.accuracy, report.cold_start
-    rows = [(f"accuracy, {accuracy.mean.count} questions, 95% interval", str(accuracy.mean))]
+    rows: list[tuple[str, ...]] = [(f"accuracy, {accuracy.mean.count} questions, 95% interval", str(accuracy.mean))]
     if accuracy.reference and accuracy.difference:
         rows += [("accuracy of the stored PyTorch answers", str(accuracy.reference)), ("difference, paired", str(accuracy.difference))]
     rows += [("bundle, MB", number(report.bundle_mb)), ("peak memory of the checking process, MB", number(report.peak_rss_mb))]
@@ -51,10 +62,15 @@ def _figures(report: CheckReport) -> list[tuple[str, str]]:
         ]
     else:
         rows.append(("cold start", "not measured"))
+    if (sustained := report.sustained) is not None:
+        speed = f"{number(sustained.steady)} ({sustained.steady / sustained.burst:.2f} of the first tenth's)"
+        rows.append((f"answers a second in the last tenth of {sustained.seconds:.0f} s", speed))
+    rows.append(("energy an answer, whole processor, J", number(report.latency.joules)))
     return rows
 
 
-def _stages(latency: Latency) -> list[tuple[str, str, str, str]]:
+def stage_rows(latency: Latency) -> list[tuple[str, ...]]:
+    """The stages of an answer with median, 90th percentile and count."""
     stages: list[tuple[str, Spread | None]] = [
         ("image preprocess", latency.image_preprocess),
         ("image encode", latency.image_encode),

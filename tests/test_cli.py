@@ -192,7 +192,7 @@ def test_run_and_check_print_to_stdout_and_exit_0(bundle: Path, images: Path, tm
     assert "first token after" in answered.stderr
     assert "first token after" not in answered.stdout
     data = questions(tmp_path / "q.jsonl", images / "whole.jpg")
-    checked = masters("check", bundle, "--data", data, "--limit", 4, "--max-tokens", 2, "--json")
+    checked = masters("check", bundle, "--data", data, "--limit", 4, "--max-tokens", 2, "--sustained", 0, "--json")
     assert checked.exit_code == 0
     assert json.loads(checked.stdout)["accuracy"]["mean"]["count"] == 4
 
@@ -200,6 +200,21 @@ def test_run_and_check_print_to_stdout_and_exit_0(bundle: Path, images: Path, tm
 def test_check_exits_1_where_a_limit_is_missed(bundle: Path, images: Path, tmp_path: Path) -> None:
     data = questions(tmp_path / "q.jsonl", images / "whole.jpg")
     (tmp_path / "budget.yaml").write_text("bundle_mb: 0.001\n")
-    result = masters("check", bundle, "--data", data, "--limit", 2, "--max-tokens", 2, "--budget", tmp_path / "budget.yaml")
+    result = masters(
+        "check",
+        bundle,
+        "--data",
+        data,
+        "--limit",
+        2,
+        "--max-tokens",
+        2,
+        "--sustained",
+        0.2,
+        "--html",
+        tmp_path / "check.html",
+        "--budget",
+        tmp_path / "budget.yaml",
+    )
     assert result.exit_code == 1
     assert "fail" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 from masters.demo.models import build_model, save_model
-from masters.distill.models import check_pair, count_weights, freeze_vision, frozen, load_model, load_processor, read_config
+from masters.distill.models import check_pair, check_prompts, count_weights, freeze_vision, frozen, load_model, load_processor, read_config
 from masters.errors import MastersError
 
 
@@ -181,3 +183,48 @@ def test_other_tokenizers_templates_and_image_settings(models: Any, processor: A
 
     for change, message in ((more_words, "tokenizers"), (another_greeting, "chat templates"), (another_mean, "image processors")):
         refusal(partial(check_pair, models.teacher, variant(change.__name__, change)), rf"the {message} of .* differ")
+
+
+def test_a_teacher_whose_own_files_make_another_prompt(models: Any, processor: Any, encoder: Any, samples: Any, tmp_path: Path):
+    """Vocabulary, template and image settings are equal in all of these: only what comes out tells."""
+
+    def variant(name: str, change: Callable[[Any], None]) -> Path:
+        folder = Path(shutil.copytree(models.teacher, tmp_path / name))
+        other = copy.deepcopy(processor)
+        change(other)
+        other.save_pretrained(folder)
+        check_pair(folder, models.student)
+        return folder
+
+    def other_pieces(other: Any) -> None:
+        other.tokenizer.backend_tokenizer.normalizer = Lowercase()
+
+    def more_image_tokens(other: Any) -> None:
+        other.image_seq_len += 1
+
+    def another_end(other: Any) -> None:
+        other.tokenizer.eos_token = other.tokenizer.convert_ids_to_tokens(5)
+
+    check_prompts(models.teacher, encoder, samples)
+    shouting = [dataclasses.replace(samples[0], question="WHAT IS IT?"), *samples[1:]]
+    for change, asked, message in (
+        (other_pieces, shouting, "split 'WHAT IS IT[?]' differently; expected the same ids"),
+        (more_image_tokens, samples, r"reads question '.*' as \d+ tokens, the student as \d+ others; expected one prompt"),
+        (another_end, samples, "ends its answers with the id 5, the student with"),
+    ):
+        refusal(partial(check_prompts, variant(change.__name__, change), encoder, asked), message)
+
+
+def test_a_teacher_whose_image_processor_is_another_program(models: Any, encoder: Any, samples: Any, monkeypatch: pytest.MonkeyPatch):
+    """As where one of the two folders asks for a slower or faster implementation, whose resizing differs in the last digits."""
+    encoder.prompt(samples[0])  # remembered, as the run's own is
+    kind = type(encoder.processor.image_processor)
+    original = kind.__call__
+
+    def brighter(self: Any, *given: Any, **named: Any) -> Any:
+        found = original(self, *given, **named)
+        found["pixel_values"] = [t + 0.01 for t in found["pixel_values"]]
+        return found
+
+    monkeypatch.setattr(kind, "__call__", brighter)
+    refusal(lambda: check_prompts(models.teacher, encoder, samples), "make different tensors of question '.*'; expected the same image")

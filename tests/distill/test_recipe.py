@@ -67,6 +67,7 @@ def test_presets_are_what_they_are_named_for():
     assert built["paper"].mask.enabled
     assert built["default"].mask.enabled
     assert build_recipe(RAW) == built["default"], "the default is the default"
+    assert dataclasses.replace(built["masters"], preset="default") == built["default"], "which tables of baselines call masters"
 
 
 def test_layers_preset_file_override(tmp_path: Path):
@@ -165,7 +166,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mask__exclude": ["layers.("]}, r"'mask\.exclude' holds 'layers\.\(', which is no regular expression"),
     ({"objective__divergence": "kl"}, r"'objective\.divergence' is 'kl'; expected one of jsd, forward_kl, reverse_kl"),
     ({"objective__kl": "k1"}, r"expected one of k3, full"),
-    ({"objective__distillation_reward": True}, r"expected one of jsd_minmax, teacher_logprob, none"),
+    ({"objective__distillation_reward": True}, r"expected one of jsd_minmax, jsd, teacher_logprob, none"),
+    ({"teacher_signal": "kept"}, r"'teacher_signal' is 'kept'; expected one of live, cached"),
+    ({"answers__refresh": "step"}, r"'answers\.refresh' is 'step'; expected one of teacher, stage"),
+    ({"train__seed": 1.5}, r"'train\.seed' is 1\.5; expected a whole number"),
+    ({"buffer": "./run"}, r"'buffer' and 'out' are both run; expected a folder of its own"),
     ({"objective__advantages": "negative"}, r"expected one of all, positive"),
     ({"objective__distill_on": ["all"]}, r"expected one of all, teacher, right"),
     ({"train__schedule": "step"}, r"expected one of constant, linear, cosine"),

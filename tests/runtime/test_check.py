@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,11 @@ from masters.runtime import Vlm
 from masters.runtime.answer import Timings
 from masters.runtime.budget import WHAT, Budget, judge, read_budget
 from masters.runtime.check import CheckConfig, CheckReport, check, figures
+from masters.runtime.check_page import write_page
 from masters.runtime.device import peak_rss_mb, this_device
-from masters.runtime.latency import measure_cold_start, spread, summarise
+from masters.runtime.latency import Sustained, measure_cold_start, spread, summarise
 from masters.runtime.report import number, report_text
-from masters.samples import Sample
+from masters.samples import Sample, read_samples
 
 QUESTIONS = 8
 
@@ -62,6 +65,7 @@ def report(bundle: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
         min_count=5,
         min_seconds=0.3,
         cold_starts=1,
+        sustained_seconds=1.0,
     )
     return check(config)
 
@@ -101,6 +105,32 @@ def test_latency_covers_count_and_time(report: CheckReport) -> None:
     assert latency.seconds * 1000 >= latency.total.p50 * latency.answers * 0.5
 
 
+def test_sustained_speed_is_that_of_the_ends(report: CheckReport) -> None:
+    sustained = report.sustained
+    assert sustained is not None
+    assert sustained.seconds >= 1.0
+    assert list(sustained.ends) == sorted(sustained.ends)
+    assert len(sustained.ends) == len(sustained.totals)
+    slowing = Sustained(10.0, tuple(float(i) for i in range(1, 11)), (100.0,) * 5 + (200.0,) * 5)
+    assert (slowing.burst, slowing.steady) == (10.0, 5.0)
+    # A time too short for one answer takes the nearest one.
+    assert Sustained(10.0, (5.0,), (250.0,)).burst == 4.0
+
+
+def test_the_page_holds_verdicts_figures_and_failures(report: CheckReport, data: Path, tmp_path: Path) -> None:
+    samples = [dataclasses.replace(sample, question="<script>alert(1)</script>") for sample in read_samples(data)]
+    write_page(tmp_path / "check.html", report, samples)
+    text = (tmp_path / "check.html").read_text()
+    assert "<script" not in text
+    body = re.sub(r"<img([^>]*)>", r"<img\1/>", text[text.index("<body>") : text.index("</html>")])
+    root = ElementTree.fromstring(body)
+    titles = [node.text for node in root.iter("h2")]
+    assert titles == ["Verdict", "Figures", "Speed", "Failures"]
+    assert len(root.findall(".//article")) == QUESTIONS // 2
+    assert len([node for node in root.iter("svg") if node.get("class") == "chart"]) == 3
+    assert "2 of 7 limits missed" in text
+
+
 def test_memory_size_and_cold_start(report: CheckReport, bundle: Path) -> None:
     files = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     assert report.bundle_mb == pytest.approx(files / 1e6)
@@ -134,7 +164,7 @@ def test_an_open_model_is_checked_as_it_is(vlm: Vlm, bundle: Path, data: Path) -
         def __getattr__(self, name: str) -> object:
             return "interpreter" if name == "provider" else getattr(vlm.parts, name)
 
-    config = CheckConfig(bundle, data, limit=3, max_tokens=2, min_count=1, min_seconds=0)
+    config = CheckConfig(bundle, data, limit=3, max_tokens=2, min_count=1, min_seconds=0, sustained_seconds=0)
     found = check(config, Vlm(vlm.manifest, vlm.folder, Other()))  # type: ignore[arg-type]
     assert found.provider == "interpreter"
     assert found.cold_start is None
