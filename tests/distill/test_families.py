@@ -201,7 +201,7 @@ def outcome(model: Any, states: Tensor, teacher: Any, theirs: Tensor, packed: An
     stats = row_stats(heads, packed.tokens, packed.rows, packed.count, "jsd", "k3")
     model.zero_grad(set_to_none=True)
     (stats.divergence.sum() + (torch.linspace(-1, 1.5, packed.count) * stats.logprob).sum()).backward()
-    return vars(stats), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    return stats._asdict(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])

@@ -10,7 +10,6 @@ import random
 import shutil
 import subprocess
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,19 +266,8 @@ def test_a_signal_is_continued_chunk_by_chunk_and_refused_where_it_is_anothers(r
     distill(other, until="signal")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_disk_too_small_for_the_signal_is_found_before_the_forward(raw: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
     recipe = recipe_of(raw, out=str(small_disk / "run"))
     distill(recipe, until="answers")
     free = os.statvfs(small_disk)

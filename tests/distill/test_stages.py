@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -474,18 +473,6 @@ def test_a_few_questions_without_an_answer_are_left_out_of_the_training(raw: dic
     out = distill(recipe_of(raw, **changes, answers__max_failed=0.1))
     assert sum(row["questions"] for row in rows_of(out, "step")) == 11
     assert {row["sample"] for row in answers_of(out) if row["finish"] == "failed"} == {gone.id}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_during_answers_keeps_what_was_finished(raw: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch):
