@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 # Bytes of one float32 matrix: logits of a chunk, as many as keep a matrix product busy; and of a block, few on a CPU for its cache's sake.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 Head = tuple[Tensor | None, Tensor | None]  # hidden states [N, H] and the output matrix, [V, H] or longer
 
@@ -36,13 +36,6 @@ def divergence(kind: str, teacher: Tensor, student: Tensor) -> Tensor:
         mixture = torch.logaddexp(teacher, student) - math.log(2)
         return 0.5 * (_kl(teacher, mixture) + _kl(student, mixture))
     return _kl(teacher, student) if kind == "forward_kl" else _kl(student, teacher)
-
-
-def divergence_gradient(kind: str, teacher: Tensor, student: Tensor) -> Tensor:
-    """The derivative [n, V] of `divergence` by the logits of the student."""
-    if kind == "jsd":  # what the mixture adds is the same for every id, which a softmax ignores
-        return 0.5 * _kl_gradient(student, torch.logaddexp(teacher, student) - math.log(2))
-    return student.exp() - teacher.exp() if kind == "forward_kl" else _kl_gradient(student, teacher)
 
 
 def k3(initial: Tensor, logprob: Tensor) -> Tensor:
@@ -186,14 +179,28 @@ def _block_stats(student: Tensor, teacher: Tensor | None, initial: Tensor | None
 def _block_gradient(
     student: Tensor, teacher: Tensor | None, initial: Tensor | None, tokens: Tensor, kind: str, by_divergence: Tensor, by_own: Tensor, by_kl: Tensor
 ) -> Tensor:
-    """The derivative of the loss by a block's logits [n, V], from its derivatives by three of the statistics [n]."""
-    found = student.exp() * -by_own[:, None]
-    found.scatter_add_(1, tokens[:, None], by_own[:, None])
-    if teacher is not None:
-        found += divergence_gradient(kind, teacher, student) * by_divergence[:, None]
+    """The derivative of the loss by a block's logits [n, V], from its derivatives by three of the statistics [n].
+
+    By the logits of S, KL(S || Q) changes by S (x - sum S x) with x = log S - log Q; the JSD by half of that with Q the mixture, since what the mixture
+    itself adds is the same for every id, which a softmax ignores; KL(T || S) by S - T; and log S of a token by 1 at the token, less S.
+    """
+    shift, ratio = -by_own, torch.zeros_like(student) if teacher is None or kind == "forward_kl" else _ratio(kind, student, teacher, by_divergence)
     if initial is not None:
-        found += _kl_gradient(student, initial) * by_kl[:, None]
-    return found
+        ratio += (student - initial).mul_(by_kl[:, None])
+    if teacher is not None and kind == "forward_kl":
+        shift = shift + by_divergence
+    weight = student.exp()
+    found = ratio.add_((shift - (weight * ratio).sum(-1))[:, None]).mul_(weight)
+    if teacher is not None and kind == "forward_kl":
+        found -= teacher.exp().mul_(by_divergence[:, None])
+    return found.scatter_add_(1, tokens[:, None], by_own[:, None])
+
+
+def _ratio(kind: str, student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    if kind == "reverse_kl":
+        return (student - teacher).mul_(scale[:, None])
+    # A constant such as the mixture's log 2 falls out of x - sum S x.
+    return torch.logaddexp(student, teacher).neg_().add_(student).mul_(0.5 * scale[:, None])
 
 
 def _at(logs: Tensor, tokens: Tensor) -> Tensor:
@@ -203,9 +210,3 @@ def _at(logs: Tensor, tokens: Tensor) -> Tensor:
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(P || Q) [n] of log-probabilities [n, V]."""
     return (p.exp() * (p - q)).sum(-1)
-
-
-def _kl_gradient(p: Tensor, q: Tensor) -> Tensor:
-    """The derivative [n, V] of KL(P || Q) by the logits of P."""
-    ratio, weight = p - q, p.exp()
-    return weight * (ratio - (weight * ratio).sum(-1, keepdim=True))
