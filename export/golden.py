@@ -21,7 +21,7 @@ PIXELS = 1e-4
 def write_golden(path: Path, vlm: Vlm, reference: Reference) -> None:
     """Write `reference` with the tolerances that `vlm`, the bundle on this machine, needs; the same input gives the same bytes."""
     pixels = vlm.see([reference.image])[0]
-    features = vlm.parts.encode_images(pixels)
+    features = vlm.encode(pixels)
     logits = forced_logits(vlm, reference, features, pixels.grids)
     # Where the bundle prefers another token, the golden one's logit lies below its highest; the self-test allows twice the logits' tolerance.
     shortfall = max(float(row.max() - row[token]) for row, token in zip(logits, reference.tokens, strict=True))

@@ -77,12 +77,13 @@ def check_parity(vlm: Vlm, source: Source) -> tuple[list[Row], list[Reference]]:
     for number, (name, image) in enumerate(bar(awkward_images().items(), "parity", total=len(awkward_images()))):
         for question in QUESTIONS if number == 0 else (QUESTIONS[number % len(QUESTIONS)],):
             prompt = encode(source, question, [image])
-            found, features_input = _inputs(vlm, prompt, name, image, question)
+            found, features_input = _inputs(vlm, source, prompt, name, image, question)
             rows += found
             if any(row.verdict == "fail" for row in found):
                 continue
-            tiles += features_input.values.size / TILE
-            if not references or tiles <= TILES:
+            more = features_input.values.size / TILE
+            if not references or tiles + more <= TILES:
+                tiles += more
                 references.append(refer(source, name, image, question, prompt, FEWER_STEPS if number else STEPS))
                 rows += compare(vlm, references[-1], features_input)
     return rows, references
@@ -107,11 +108,12 @@ def rows_json(rows: list[Row]) -> list[dict[str, Any]]:
     return [asdict(row) | ({} if np.isfinite(row.difference) else {"difference": None}) for row in rows]
 
 
-def _inputs(vlm: Vlm, prompt: Prompt, name: str, image: bytes, question: str) -> tuple[list[Row], Any]:
+def _inputs(vlm: Vlm, source: Source, prompt: Prompt, name: str, image: bytes, question: str) -> tuple[list[Row], Any]:
     """Pixels and prompt ids of the runtime beside those of the Hugging Face processor."""
     pixels = vlm.see([image])[0]
     rows = []
-    for tensor, theirs in prompt.pixels.items():
+    theirs_all = source.family.graph_pixels(prompt.pixels) if hasattr(source.family, "graph_pixels") else prompt.pixels
+    for tensor, theirs in theirs_all.items():
         difference = largest_difference(pixels.tensors.get(tensor), theirs.numpy())
         rows.append(Row("pixels", tensor, name, question, "largest difference", difference, PIXELS, _verdict(difference, PIXELS)))
     ids = vlm.prompt_ids([user_message(question, 1)], pixels.grids)
@@ -125,7 +127,7 @@ def compare(vlm: Vlm, reference: Reference, pixels: Any) -> list[Row]:
     overall = coarsest(vlm.manifest.parts)
     tolerance = TOLERANCES[overall].logits
     where = (reference.name, reference.question)
-    features = vlm.parts.encode_images(pixels)
+    features = vlm.encode(pixels)
     embeds = vlm.parts.embed(reference.prompt.ids)
     rows = [
         _row("features", "image_features", where, "relative error", relative_error(features, reference.features), TOLERANCES[words["vision_encoder"]].features),

@@ -66,6 +66,14 @@ def user_message(question: str, images: int = 0) -> Message:
     return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]}
 
 
+def fill_marks(prompt: str, mark: str, pictures: Sequence[str]) -> str:
+    """`prompt` with its marks replaced by the tokens of the pictures that stand there. Raises DataError unless there are as many marks as pictures."""
+    texts = prompt.split(mark)
+    if len(texts) - 1 != len(pictures):
+        raise DataError(f"the prompt holds {len(texts) - 1} '{mark}' marks for {len(pictures)} images; expected one each, take it out of the question's text")
+    return texts[0] + "".join(picture + text for picture, text in zip(pictures, texts[1:], strict=True))
+
+
 def text_message(role: str, text: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 

@@ -36,7 +36,7 @@ def self_test(vlm: Vlm, file: Path) -> list[Comparison]:
     golden = read_golden(file)
     allowed = json.loads(str(golden["tolerance"]))
     pixels = vlm.see([bytes(golden["image"])])[0]
-    features = vlm.parts.encode_images(pixels)
+    features = vlm.encode(pixels)
     ids = vlm.prompt_ids([user_message(str(golden["question"]), 1)], pixels.grids)
     keys = prompt_keys(ids, [Picture(-1, pixels.grids[0], features)], vlm.manifest.generation["image_token_id"])
     tokens = [int(token) for token in golden["tokens"]]

@@ -31,26 +31,27 @@ def new_picture(grid: Grid, features: np.ndarray) -> Picture:
 
 
 class PictureMemory:
-    """The last `room` pictures that came as encoded bytes, by those bytes' SHA-256; threads may share it. Features are exact: answers don't change."""
+    """The last `room` pictures that came as encoded bytes, by those bytes' SHA-256 and whether they were alone in their prompt, which some families
+    show otherwise; threads may share it. Features are exact: answers don't change."""
 
     def __init__(self, room: int = 0) -> None:
         self.room = room
-        self._pictures: OrderedDict[bytes, Picture] = OrderedDict()
+        self._pictures: OrderedDict[tuple[bytes, bool], Picture] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, image: ImageSource) -> Picture | None:
+    def find(self, image: ImageSource, alone: bool = True) -> Picture | None:
         if not self.room or not isinstance(image, bytes):
             return None
-        name = hashlib.sha256(image).digest()
+        name = (hashlib.sha256(image).digest(), alone)
         with self._lock:
             if name in self._pictures:
                 self._pictures.move_to_end(name)
             return self._pictures.get(name)
 
-    def keep(self, image: ImageSource, picture: Picture) -> None:
+    def keep(self, image: ImageSource, picture: Picture, alone: bool = True) -> None:
         if not self.room or not isinstance(image, bytes):
             return
         with self._lock:
-            self._pictures[hashlib.sha256(image).digest()] = picture
+            self._pictures[hashlib.sha256(image).digest(), alone] = picture
             while len(self._pictures) > self.room:
                 self._pictures.popitem(last=False)

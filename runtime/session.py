@@ -107,9 +107,20 @@ class Vlm:
         """A conversation that remembers its turns."""
         return Chat(self, system)
 
-    def see(self, images: Sequence[ImageSource]) -> list[Pixels]:
-        """Each image decoded and preprocessed."""
-        return [self.family.preprocess([open_image(image)], self.manifest.preprocessing) for image in images]
+    def see(self, images: Sequence[ImageSource], alone: bool = True) -> list[Pixels]:
+        """Each image decoded and preprocessed; `alone` as `shown_alone` has it."""
+        settings = self.manifest.preprocessing if alone else self.manifest.preprocessing | {"together": True}
+        return [self.family.preprocess([open_image(image)], settings) for image in images]
+
+    def shown_alone(self, images: int) -> bool:
+        """Whether each image of a prompt with `images` of them looks as if it were the only one: False for several where the family shows those smaller."""
+        return images <= 1 or not getattr(self.family, "ALONE_IN_TILES", False)
+
+    def encode(self, pixels: Pixels) -> np.ndarray:
+        """The features float32 [n_image_tokens, hidden] that take the places of the images' tokens."""
+        features = self.parts.encode_images(pixels)
+        # Most vision graphs give them as they are needed.
+        return self.family.pack(features, pixels.grids, self.manifest.preprocessing) if hasattr(self.family, "pack") else features
 
     def prompt_ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> np.ndarray:
         """Token ids int64 [S] of the prompt for the next turn, image tokens in place."""
@@ -172,30 +183,31 @@ class Chat:
     ) -> Generator[str, None, Answer]:
         """Answer `messages`; the encoded `images` are added to `pictures`, those of earlier turns."""
         clock = making.clock = Clock()
-        seen = self._look(images, clock)
+        alone = self.vlm.shown_alone(len(pictures) + len(images))
+        seen = self._look(images, alone, clock)
         ids = self.vlm.prompt_ids(messages, [*(picture.grid for picture in pictures), *(_grid(one) for one in seen)])
         # Before any image is encoded, which takes seconds: the prompt may not fit.
         budget = self._room(len(ids), options.max_tokens)
         for image, one in zip(images, seen, strict=True):
             if making.cancelled.is_set():
                 return Answer("", (), "cancelled", len(ids), clock.timings())
-            pictures.append(self._encode(image, one, clock))
+            pictures.append(self._encode(image, one, alone, clock))
         return (yield from self._generate(ids, pictures, budget, options, making))
 
-    def _look(self, images: Sequence[ImageSource], clock: Clock) -> list[Picture | Pixels]:
+    def _look(self, images: Sequence[ImageSource], alone: bool, clock: Clock) -> list[Picture | Pixels]:
         """Each image preprocessed, or remembered as encoded."""
         start = time.perf_counter()
-        seen = [self.vlm.memory.find(image) or self.vlm.see([image])[0] for image in images]
+        seen = [self.vlm.memory.find(image, alone) or self.vlm.see([image], alone)[0] for image in images]
         clock.preprocess = time.perf_counter() - start
         return seen
 
-    def _encode(self, image: ImageSource, seen: Picture | Pixels, clock: Clock) -> Picture:
+    def _encode(self, image: ImageSource, seen: Picture | Pixels, alone: bool, clock: Clock) -> Picture:
         if isinstance(seen, Picture):
             return seen
         start = time.perf_counter()
-        picture = new_picture(seen.grids[0], self.vlm.parts.encode_images(seen))
+        picture = new_picture(seen.grids[0], self.vlm.encode(seen))
         clock.encode += time.perf_counter() - start
-        self.vlm.memory.keep(image, picture)
+        self.vlm.memory.keep(image, picture, alone)
         return picture
 
     def _generate(self, ids: np.ndarray, pictures: Sequence[Picture], budget: int, options: Options, making: Making) -> Generator[str, None, Answer]:

@@ -123,7 +123,7 @@ class VisionEncoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block of the tower, its three attention projections packed into one product."""
+    """One block of a SigLIP tower, its three attention projections packed into one product; `bias` is added to the scores."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -134,15 +134,16 @@ class Layer(nn.Module):
         self.out = Projection(attention.out_proj)
         self.fc1, self.fc2, self.activation = Projection(layer.mlp.fc1), Projection(layer.mlp.fc2), layer.mlp.activation_fn
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.attention(self.norm1(x), bias)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
-    def attention(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def attention(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         n_tiles, n_patches, channels = x.shape
         qkv = self.qkv(x).reshape(n_tiles, n_patches, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each n, heads, N, head size
-        weights = F.softmax((query * self.scale) @ key.transpose(2, 3) + bias, dim=-1)
+        scores = (query * self.scale) @ key.transpose(2, 3)
+        weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
         return self.out((weights @ value).transpose(1, 2).reshape(n_tiles, n_patches, channels))
 
 

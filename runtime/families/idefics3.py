@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors import DataError
+from ..chat import fill_marks
 from ..pixels import Grid, Pixels, level_table
 
 IMAGE, FRAME, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
@@ -52,11 +52,7 @@ def expand(prompt: str, grids: Sequence[Grid], settings: dict[str, Any]) -> str:
 
     Raises DataError if there are not as many `<image>` marks as pictures.
     """
-    texts = prompt.split(IMAGE)
-    if len(texts) - 1 != len(grids):
-        raise DataError(f"the prompt holds {len(texts) - 1} '{IMAGE}' marks for {len(grids)} images; expected one each, take it out of the question's text")
-    pictures = [image_tokens(grid, settings["image_seq_len"]) for grid in grids]
-    return texts[0] + "".join(picture + text for picture, text in zip(pictures, texts[1:], strict=True))
+    return fill_marks(prompt, IMAGE, [image_tokens(grid, settings["image_seq_len"]) for grid in grids])
 
 
 def image_tokens(grid: Grid, per_tile: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import tiny_models
 import torch
 from int4_weights import with_int4_weights
 from qwen_models import build
@@ -79,6 +80,28 @@ def qwen_bundle(qwen_source: Callable[[str], Source], tmp_path_factory: pytest.T
     def exported(family: str, precision: str) -> Path:
         out = folder / f"{family}-{precision}".replace("=", "-").replace(",", "_")
         export(ExportConfig(qwen_source(family).folder, "onnx", out, precision))
+        return out
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def family_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
+    """family_source(model_type): a tiny random model of tests/tiny_models.py."""
+    return cache(lambda name: load_source(getattr(tiny_models, name)(tmp_path_factory.mktemp(name) / "model")))
+
+
+@pytest.fixture(scope="session")
+def family_bundle(family_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """family_bundle(model_type, precision): its ONNX bundle; int8 and int4 start from fp32's vision graph."""
+
+    @cache
+    def exported(name: str, precision: str) -> Path:
+        out = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
+        with pytest.MonkeyPatch.context() as patch:
+            if precision in ("int8", "int4"):
+                reuse_vision(patch, exported(name, "fp32"))
+            export(ExportConfig(family_source(name).folder, "onnx", out, precision))
         return out
 
     return exported
