@@ -68,7 +68,7 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision |
     context = min(longest, MOST_CONTEXT) if context is None else context
     if not LEAST_CONTEXT <= context <= longest:
         raise MastersError(f"context is {context}; expected {LEAST_CONTEXT} to {longest}, the positions that the model was made for")
-    packages = _packages(model, int(processor.image_processor.max_image_size["longest_edge"]), context)
+    packages = _packages(model, processor, context)
     name = _model_name(model)
     parts = {}
     for part, package in packages.items():
@@ -94,12 +94,13 @@ def _model_name(model: Any) -> str:
     return (Path(name).name if Path(name).is_absolute() or Path(name).exists() else name) or str(model.config.model_type)
 
 
-def _packages(model: Any, side: int, context: int) -> dict[str, Package]:
+def _packages(model: Any, processor: Any, context: int) -> dict[str, Package]:
     from .reauthored import reauthor
 
     family = load_family(model.config.model_type)
     if not hasattr(family, "vision_parts"):
         raise ModelError(f"the model type '{model.config.model_type}' has no Core ML form; export it with --target onnx")
+    side = int(processor.image_processor.max_image_size["longest_edge"])
     parts = reauthor(family.vision_parts(model), family.text_parts(model), side, context)
     vision, decoder = parts.vision_encoder, parts.decoder
     vocabulary, width = parts.embed_tokens.weight.shape

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 
 from masters.errors import ModelError
+from masters.export import ExportConfig, export
 from masters.export.awkward import awkward_images
 from masters.export.parity import QUESTIONS
 from masters.export.reference import encode
@@ -157,6 +158,13 @@ def test_a_processor_that_does_not_fit_is_refused(name: str, settings: dict[str,
     source = family_source(name)
     with pytest.raises(ModelError, match=words):
         source.family.preprocessing(source.model, mutated(source, **settings))
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
+def test_core_ml_is_refused(name: str, family_source: Sources, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"'{name}' has no Core ML form; export it with --target onnx"):
+        export(ExportConfig(family_source(name).folder, "coreml", tmp_path / "bundle", "fp16"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_manifest_says_how_pictures_are_laid_out(family_bundle: Bundles) -> None:
