@@ -486,7 +486,12 @@ def test_a_full_disk_during_answers_keeps_what_was_finished(raw: dict[str, Any],
     assert not list(recipe.out.rglob(".*.part*")), "nothing half-written stays, so that the space is free again"
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     made: list[str] = []
-    monkeypatch.setattr(answers, "generate", lambda *arguments, **more: made.extend(s.id for s in arguments[3]) or generate(*arguments, **more))
+
+    def counted(*given: Any) -> Any:
+        made.extend(sample.id for sample in given[3])
+        return generate(*given)
+
+    monkeypatch.setattr(answers, "generate", counted)
     distill(recipe, until="answers")
     after = {row["key"]: row for row in answers_of(recipe.out)}
     assert len(after) == 96
