@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -11,12 +14,13 @@ from .quantize import int8_rows
 IDS = ("batch_size", "sequence_length")
 
 
-def build_embedding(embedding: torch.nn.Embedding, precision: str, injected: int = 0) -> ir.Model:
+def build_embedding(embedding: torch.nn.Embedding, precision: str, injected: int = 0, image_token: int | None = None) -> ir.Model:
     """input_ids i64[B, S] -> inputs_embeds f32[B, S, (1 + injected)·D]; the rows are stored as `precision` (fp32, fp16 or int8 with a scale per row).
 
-    Zeros follow each row for the `injected` first layers of the decoder that get something of an image added.
+    Zeros follow each row for the `injected` first layers of the decoder that get something of an image added. With `image_token` there is
+    a second input, image_features f32[n, (1 + injected)·D], whose rows take the places of that token in their order; n may be 0.
     """
-    author = GraphAuthor("embed_tokens")
+    author = GraphAuthor("embed_tokens" if image_token is None else "embed_with_images")
     ids = author.input("input_ids", ir.DataType.INT64, IDS)
     weight = embedding.weight
     if precision == "int8":
@@ -31,5 +35,20 @@ def build_embedding(embedding: torch.nn.Embedding, precision: str, injected: int
             found = author.cast(found, ir.DataType.FLOAT)
     if injected:
         found = author.op("Pad", found, author.constant([0, 0, 0, 0, 0, injected * weight.shape[1]]))
-    author.output(found, "inputs_embeds", ir.DataType.FLOAT, (*IDS, (1 + injected) * weight.shape[1]))
+    width = (1 + injected) * weight.shape[1]
+    if image_token is not None:
+        found = _with_images(author, ids, found, image_token, width)
+    author.output(found, "inputs_embeds", ir.DataType.FLOAT, (*IDS, width))
     return author.model()
+
+
+def _with_images(author: GraphAuthor, ids: ir.Value, rows: ir.Value, image_token: int, width: int) -> Any:
+    """`rows` with the k-th image token's replaced by the k-th row of image_features. A row of zeros stands before them, which every other token finds."""
+    op, constant = author.op, author.constant
+    features = author.input("image_features", ir.DataType.FLOAT, ("num_image_tokens", width))
+    places = op("Equal", ids, constant(image_token))
+    marks = author.cast(places, ir.DataType.INT64)
+    counted = op("Reshape", op("CumSum", op("Reshape", marks, constant([-1])), constant(0)), op("Shape", ids))
+    nothing = op("ConstantOfShape", constant([1, width]), value=ir.tensor(np.zeros(1, np.float32)))
+    found = op("Gather", op("Concat", nothing, features, axis=0), op("Mul", counted, marks))
+    return op("Where", op("Unsqueeze", places, constant([2])), found, rows)

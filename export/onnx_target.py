@@ -15,6 +15,7 @@ from ..manifest import Manifest, Part
 from ..runtime.graphs import OnnxParts
 from .decoder import build_decoder
 from .embedding import build_embedding
+from .genai import write_genai
 from .graph import interface, save_graph
 from .precision import Precision
 from .quantize import quantize_int4, quantize_int8
@@ -38,13 +39,17 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) 
     context = min(text_model.config.max_position_embeddings, MOST_CONTEXT)
     injected = family.injected_layers(model) if hasattr(family, "injected_layers") else 0
     decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
+    graphs = {"decoder": _quantized(decoder, precision.decoder, precision), "embed_tokens": build_embedding(text_model.embed_tokens, precision.embed, injected)}
     (folder / FOLDER).mkdir()
-    return {
-        # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
-        "decoder": _write(_quantized(decoder, precision.decoder, precision), folder, precision.decoder),
-        "embed_tokens": _write(build_embedding(text_model.embed_tokens, precision.embed, injected), folder, precision.embed),
+    # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
+    parts = {
+        "decoder": _write(graphs["decoder"], folder, precision.decoder),
+        "embed_tokens": _write(graphs["embed_tokens"], folder, precision.embed),
         "vision_encoder": _write(_quantized(build_vision(model, family, precision.vision == "fp16"), precision.vision, precision), folder, precision.vision),
     }
+    if hasattr(family, "genai_processor"):
+        write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, context)
+    return parts
 
 
 def load_parts(folder: Path, manifest: Manifest) -> OnnxParts:

@@ -69,6 +69,8 @@ def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt
 def greedy(source: Source, prompt: Prompt, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Up to `steps` greedy tokens int64 [n], the end token included where the model gives one, and the logits f32 [n, V] that chose them."""
     ends = source.end_tokens()
+    if hasattr(source.model.model, "rope_deltas"):
+        source.model.model.rope_deltas = None  # the last prompt's, by which a prompt without images would be placed
     tokens: list[int] = []
     logits: list[np.ndarray] = []
     ids, pixels, cache = torch.from_numpy(prompt.ids)[None], prompt.pixels | prompt.marks, None

@@ -49,6 +49,23 @@ def preprocessing(model: Any, processor: Any) -> dict[str, Any]:
     return settings
 
 
+def genai_processor(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same steps for onnxruntime-genai, which reads a file of its own; `qwen2_5_vl` makes it repeat an image over a patch's frames."""
+    cells = {name: settings[name] for name in ("patch_size", "merge_size")}
+    limits = dict(min_pixels=settings["size"]["shortest_edge"], max_pixels=settings["size"]["longest_edge"])
+    steps: list[tuple[str, str, dict[str, Any]]] = [
+        ("decode_image", "DecodeImage", {"color_space": "RGB"}),
+        ("convert_to_rgb", "ConvertRGB", {}),
+        # Width and height are asked for and, with smart_resize, not used.
+        ("resize", "Resize", {"width": 560, "height": 560, "smart_resize": 1, **limits, **cells}),
+        ("rescale", "Rescale", {"rescale_factor": settings["rescale_factor"]}),
+        ("normalize", "Normalize", {"mean": list(settings["image_mean"]), "std": list(settings["image_std"]), "qwen2_5_vl": 1}),
+        ("patch_image", "PatchImage", {**cells, "temporal_patch_size": settings["temporal_patch_size"]}),
+    ]
+    transforms = [{"operation": {"name": name, "type": kind, **({"attrs": attributes} if attributes else {})}} for name, kind, attributes in steps]
+    return {"processor": {"name": "qwen2_5_image_processor", "transforms": transforms}}
+
+
 def text_parts(model: Any) -> tuple[Any, nn.Linear]:
     """The decoder (with its embedding) and its head."""
     return model.model.language_model, model.lm_head

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from ..packed_vision import PackedTower
-from .qwen2_5_vl import IMAGE_TOKEN, images_and_text, new_tower, preprocessing, text_parts
+from .qwen2_5_vl import IMAGE_TOKEN, genai_processor, images_and_text, new_tower, preprocessing, text_parts
 
-__all__ = ["IMAGE_TOKEN", "author_vision", "image_features", "injected_layers", "load_processor", "preprocessing", "text_parts"]
+__all__ = ["IMAGE_TOKEN", "author_vision", "genai_processor", "image_features", "injected_layers", "load_processor", "preprocessing", "text_parts"]
 
 
 def load_processor(folder: Path) -> Any:
