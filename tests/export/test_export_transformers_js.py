@@ -94,6 +94,21 @@ def test_every_greedy_token_of_qwen_is_pytorchs(
     assert tokens == theirs.tolist()
 
 
+@pytest.mark.parametrize(("name", "images"), [("smolvlm", 1), ("smolvlm", 2), ("llava_onevision", 2), ("llava_onevision", 3)])
+def test_every_greedy_token_of_families_in_tiles_is_pytorchs(
+    name: str, images: int, family_source: Callable[[str], Source], family_bundle: Callable[[str, str], Path], node_folder: Path, tmp_path: Path
+) -> None:
+    """SmolVLM's tiles with partial masks; LLaVA-OneVision's pictures, one tile each: those of one alone transformers.js does not pack."""
+    source = family_source(name)
+    prompt = encode(source, QUESTION, list(awkward_images().values())[:images])
+    theirs, _ = greedy(source, prompt, STEPS)
+    inputs = source.family.graph_pixels(prompt.pixels) if name == "llava_onevision" else prompt.pixels
+    pixels = {key: tensor.numpy().astype(bool if "mask" in key else tensor.numpy().dtype) for key, tensor in inputs.items()}
+    tokens = javascript_tokens(node_folder, family_bundle(name, "fp32"), tmp_path, prompt.ids, pixels)
+    assert len(set(tokens)) > 5, "the model repeats itself, nothing would be proven"
+    assert tokens == theirs.tolist()
+
+
 def test_own_processor_gives_the_same_prompt(bundle_of: Callable[[str], Path], lively_source: Source) -> None:
     """The ids fed above are those that the bundle's own tokenizer and template give."""
     image = awkward_images()["plain"]
