@@ -42,7 +42,7 @@ def generate(model: Any, inputs: Any, length: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("shown", [["plain"], ["plain", "grey"], []], ids=["one image", "two images", "no image"])
+@pytest.mark.parametrize("shown", [["plain"], ["plain", "grey"], ["plain", "plain"], []], ids=["one image", "two sizes", "two of one size", "no image"])
 @pytest.mark.parametrize("precision", ["fp32", "decoder=int4,embed=int8"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_every_greedy_token_is_pytorchs(
@@ -52,16 +52,16 @@ def test_every_greedy_token_is_pytorchs(
     source = qwen_source(family) if precision == "fp32" else with_int4_weights(qwen_source(family))
     bundle = qwen_bundle(family, precision)
     files = []
-    for name in shown:
-        (tmp_path / f"{name}.png").write_bytes(awkward_images()[name])
-        files.append(tmp_path / f"{name}.png")
+    for number, name in enumerate(shown):
+        files.append(tmp_path / f"{number}.png")
+        files[-1].write_bytes(awkward_images()[name])
     prompt = encode(source, QUESTION, files)
     theirs, _ = greedy(source, prompt, STEPS)
     model = genai.Model(str(bundle))
     text = read_chat_format(bundle).render([user_message(QUESTION, len(files))])
     inputs = model.create_multimodal_processor()(text, images=genai.Images.open(*map(str, files)) if files else None)
     assert inputs["input_ids"].as_numpy().ravel().tolist() == prompt.ids.tolist()
-    if len(files) == 1:  # of several it pads all to the largest one's patches, which no longer fit their grids
+    if len(set(shown)) == 1:  # of several sizes it pads all to the largest one's patches, which no longer fit their grids
         pixels = inputs["pixel_values"].as_numpy().reshape(prompt.pixels["pixel_values"].shape)
         largest = float(np.abs(pixels - prompt.pixels["pixel_values"].numpy()).max())
         assert largest < 0.02, f"its own pixels differ by {largest}: a level of 255 in the resize"
