@@ -22,6 +22,7 @@ from .skipped import SKIPPED, read_skipped
 
 # Settings of the answers that change none of them: a server may move, and a run goes on with another limit.
 PASSING = ("endpoint", "vllm", "processes", "max_failed")
+WATCHED = {"track", "project"}  # what a run that was begun may change
 READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
 
 
@@ -88,7 +89,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
-    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs."""
+    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs in more than how the run is watched."""
     if not path.exists():
         write_text(path, yaml.safe_dump(values, sort_keys=False))
         return
@@ -102,10 +103,10 @@ def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
 
 
 def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's plain values less those that change no answer."""
+    """A recipe's plain values less those that change neither answers nor weights."""
     answers = values.get("answers")
     kept = {"answers": {key: value for key, value in answers.items() if key not in PASSING}} if isinstance(answers, dict) else {}
-    return {**values, **kept}
+    return {key: value for key, value in {**values, **kept}.items() if key not in WATCHED}
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

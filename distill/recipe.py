@@ -117,6 +117,7 @@ class Train:
     keep: str = "last"  # the student written at the end: last, or best on validation
     checkpoint_steps: int = 100
     evaluate_batch: int = 128
+    evaluate_steps: int = 0  # updates between validations within a stage; 0: at its end alone
     seed: int | None = None  # of the order of questions within a stage; the recipe's seed where none is given
     shard_teacher: bool | None = None  # a share of the teacher in each process; None: if the student is in shares
 
@@ -150,6 +151,8 @@ class Recipe:
     buffer: Path | None = None  # folder of responses and cached signal, for runs that share them; out/responses and out/teacher otherwise
     longest: int = 4096  # tokens of a prompt with its images
     seed: int = 0
+    track: tuple[str, ...] = ("tensorboard",)  # what follows metrics.jsonl: tensorboard, wandb, trackio
+    project: str = "masters"  # the name under which W&B and trackio show the run
 
 
 _BARE = {"accuracy_reward": False, "distillation_reward": "none", "beta": 0.0}
@@ -189,10 +192,11 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch", "train.accumulate", "lora.rank"), 1),
     **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
-    **dict.fromkeys(("train.warm_up", "train.weight_decay", "data.max_skipped", "lora.dropout"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay", "train.evaluate_steps", "data.max_skipped", "lora.dropout"), 0),
 }
 _LEAST |= dict.fromkeys(("answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
 _LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
+TRACKERS = ("tensorboard", "wandb", "trackio")
 _POSITIVE = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
 
 
@@ -319,6 +323,9 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("the recipe has no teacher; expected at least one under 'teachers'")
     if answers.teacher + answers.student + answers.truth < 1:
         raise RecipeError("a group has no responses; expected at least one of answers.teacher, answers.student and answers.truth above 0")
+    for name in recipe.track:
+        if name not in TRACKERS:
+            raise RecipeError(f"'track' holds '{name}'; expected some of {', '.join(TRACKERS)}")
     if recipe.data.max_skipped > 1:
         raise RecipeError(f"'data.max_skipped' is {recipe.data.max_skipped}; expected at most 1, the share of questions that may be skipped")
     if recipe.buffer and recipe.buffer.resolve() == recipe.out.resolve():

@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..errors import DataError, ImageError, LengthError, RunError
 from ..files import write_text
 from ..images import open_image
 from ..progress import bar, say
 from ..samples import Sample
+from . import ranks
 from .inputs import Encoder
 
 SKIPPED = "skipped.jsonl"  # in the run folder
@@ -58,21 +57,18 @@ def look_through(path: Path, files: Mapping[str, DataFile], encoder: Encoder, lo
     Several processes of one run share the work, and each gets the whole list. Raises DataError where more than the share `most` of a file, or all
     of it, can't be used, and RunError where `path` is damaged.
     """
-    if path.exists():
+    if ranks.agreed(path.exists()):
         return read_skipped(path)
     rows = [(name, sample) for name, file in files.items() for sample in file.samples]
-    state = PartialState()
-    places = range(state.process_index, len(rows), state.num_processes)
-    threads = max(1, (os.cpu_count() or 1) // state.num_processes)
+    places = range(ranks.index(), len(rows), ranks.count())
+    threads = max(1, (os.cpu_count() or 1) // ranks.count())
     checked = _check_all([rows[i] for i in places], encoder, longest, threads)
     found = [(place, skipped) for place, skipped in zip(places, checked, strict=True) if skipped]
-    if state.num_processes > 1:
-        found = gather_object(found)
-    all_skipped = [skipped for _, skipped in sorted(found, key=lambda pair: pair[0])]
+    all_skipped = [skipped for _, skipped in sorted(chain(*ranks.gathered(found)), key=lambda pair: pair[0])]
     for name, file in files.items():
         mine = [row for row in all_skipped if row.file == name]
         _refuse_many(mine, file, most)
-        if mine and state.is_main_process:
+        if mine and ranks.is_main():
             say(f"{len(mine):,} of {len(file.samples):,} {name} questions are skipped: {counted(mine)}; their ids stand in {path}")
     return all_skipped
 

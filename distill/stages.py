@@ -12,7 +12,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -44,7 +44,8 @@ from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
 from .stored import stored_weights
-from .train import MetricsLog, Step, Trainer, plan_steps
+from .trackers import RunLog, check_installed
+from .train import Step, Trainer, plan_steps
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -76,7 +77,7 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     if until not in STAGES:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
     run = _Run(recipe)  # reads only, and refuses what does not fit before anything is written
-    with locked(recipe.out):
+    with locked(recipe.out), closing(run):
         write_skipped(recipe.out / SKIPPED, run.skipped)  # which questions there are is part of what is claimed
         claim(recipe)
         run.plan()
@@ -104,6 +105,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.out = recipe, recipe.out
+        check_installed(recipe.track)
         data = recipe.data
         files = {"train": DataFile(data.train, read_samples(data.train, data.limit)), "validation": DataFile(data.validation, read_samples(data.validation))}
         for teacher in recipe.teachers:
@@ -130,6 +132,7 @@ class _Run:
         self.trainer: Trainer | None = None
         for teacher in recipe.teachers:
             models.check_prompts(teacher.model, self.encoder, self.shares[0].samples[:TEXTS_COMPARED])
+        self.log: RunLog | None = None
         if configs[0].model_type not in SUPPORTED:
             prompt = self.encoder.prompt(self.shares[0].samples[0])
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
@@ -304,7 +307,7 @@ class _Run:
             return
         live = signal is None and needs_teacher(self.recipe.objective)
         teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if live else None
-        log = MetricsLog(self.out / "metrics.jsonl", trainer.done)
+        log = self.log = self.log or RunLog(self.recipe, trainer.done)
         if trainer.done == 0:
             self._evaluate(trainer, log, Step(-1, 0, share.ratios[0], ()))
         ends = {max(s.number for s in planned if s.stage == stage) for stage in {s.stage for s in steps}}
@@ -312,12 +315,13 @@ class _Run:
             if teacher:
                 teacher.set_ratio(step.ratio)
             log.write(trainer.step(step, share.samples, responses, teacher.model if teacher else signal) | {"kind": "step"})
-            if step.number in ends:
+            every = self.recipe.train.evaluate_steps
+            if step.number in ends or (every and trainer.done % every == 0):
                 self._evaluate(trainer, log, step)
             if step.number in ends or trainer.done % self.recipe.train.checkpoint_steps == 0:
                 trainer.save()
 
-    def _evaluate(self, trainer: Trainer, log: MetricsLog, step: Step) -> None:
+    def _evaluate(self, trainer: Trainer, log: RunLog, step: Step) -> None:
         """Validation accuracy; the weights are kept where it is the highest so far."""
         with trainer.autocast():
             answers = greedy_answers(
@@ -371,6 +375,11 @@ class _Run:
         change = f"Validation accuracy went from {reached[0]:.3f} to {reached[-1]:.3f}; the highest was {max(reached):.3f}."
         kept = f"The student holds the {self.recipe.train.keep} weights."
         write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], [change, kept], [])
+
+    def close(self) -> None:
+        """End what watches the run."""
+        if self.log:
+            self.log.close()
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:

@@ -12,6 +12,7 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from masters.distill.recipe import build_recipe
 from masters.distill.stages import distill
@@ -36,6 +37,15 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines if line.endswith("}")]
+
+
+def tensorboard(out: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard's own reader finds, step by step; a step that it finds twice is an error."""
+    reader = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    found = {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"] if not name.startswith("speed/")}
+    assert all([step for step, _ in events] == sorted({step for step, _ in events}) for events in found.values())
+    return {name: dict(events) for name, events in found.items()}
 
 
 def responses(out: Path) -> dict[str, list[dict[str, Any]]]:
@@ -66,6 +76,9 @@ def test_the_unbroken_run_did_what_it_was_asked(unbroken: Path):
     assert [row["ratio"] for row in steps] == [0.3] * 3 + [0.0] * 3 + [0.3] * 3 + [0.0] * 3
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [-1, 2, 5, 8, 11]
     assert len({row["loss"] for row in steps}) == 12
+    shown = tensorboard(unbroken)
+    assert shown["loss/total"] == {row["step"] + 1: pytest.approx(row["loss"]) for row in steps}
+    assert shown["validation/accuracy"] == {row["step"] + 1: pytest.approx(row["validation_accuracy"]) for row in rows if row["kind"] == "evaluation"}
     files = responses(unbroken)
     assert sorted(files) == [f"{name}.parquet" for name in ("student0", "student1", *(f"teacher{i}-stage{j}" for i in (0, 1) for j in (0, 1)))]
     for name, file in files.items():
@@ -108,6 +121,7 @@ def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(unbroken: Path, m
 
     assert responses(out) == responses(unbroken)
     assert metrics(out) == metrics(unbroken)
+    assert tensorboard(out) == {name: pytest.approx(values) for name, values in tensorboard(unbroken).items()}
     ours, theirs = ((folder / "student" / "model.safetensors").read_bytes() for folder in (out, unbroken))
     assert ours == theirs
     for name in ("plan.json", "mask-0.json", "mask-1.json"):

@@ -78,7 +78,10 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     out = distill(recipe)
     assert out == recipe.out
     found = {path.name for path in out.iterdir()} - {".lock"}
-    assert found == {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses", "metrics.jsonl", "checkpoints", "report.html", "student"}
+    assert found == {
+        *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses"),
+        *("metrics.jsonl", "trackers.json", "tensorboard", "checkpoints", "report.html", "student"),
+    }
     samples = read_samples(recipe.data.train, 12)
     expected = {"teacher": recipe.answers.teacher, "student": recipe.answers.student}
     for source, count in expected.items():
@@ -182,6 +185,11 @@ def test_keeping_the_best_weights_instead_of_the_last(raw: dict[str, Any], monke
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 
 
+def test_validation_within_a_stage(raw: dict[str, Any]):
+    rows = rows_of(distill(recipe_of(raw, preset="sft", train__epochs=2, train__evaluate_steps=3)), "evaluation")
+    assert [row["step"] for row in rows] == [-1, 2, 5, 7], "before training, after every third of eight updates, and at the end"
+
+
 # Stages one by one
 
 
@@ -191,7 +199,7 @@ def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
         "check": {"recipe.yaml", "skipped.jsonl", "plan.json"},
         "mask": {"mask-0.json"},
         "answers": {"responses"},
-        "train": {"metrics.jsonl", "checkpoints"},
+        "train": {"metrics.jsonl", "trackers.json", "tensorboard", "checkpoints"},
         "student": {"report.html", "student"},
     }
     found: set[str] = {".lock"}
