@@ -6,13 +6,17 @@ of R tokens on a prompt of P tokens costs P + G*R tokens in place of G*(P+R).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from .attention import block_mask, dense_mask, takes_blocks
 from .inputs import CollatePixels, Pixels, Prompt, to_device
 
 
@@ -31,13 +35,24 @@ class PackedBatch:
 
     ids: Tensor  # int64 [B, L]: prompt, then every response without its last token
     positions: Tensor  # int64 [B, L] or, in A axes, [A, B, L]
-    mask: Tensor  # bool [B, 1, L, L]: what each token may look at; [B, L], where tokens stand, if no prompt is shared
+    segments: Tensor  # int64 [B, L]: 0 the prompt, j > 0 a response, -1 padding
+    shared: bool  # whether responses stand behind one prompt, so that a mask must keep them apart
     pixels: Pixels
     gather: Tensor  # int64 [N]: where, in the flattened [B*L], the state that predicts each response token stands
     tokens: Tensor  # int64 [N]: the response tokens
     rows: Tensor  # int64 [N]: the response, counted over the batch, that each token belongs to
     count: int  # responses in the batch
     responses: tuple[tuple[str, tuple[int, ...]], ...]  # each one's sample id and ids
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What each token may look at, bool [B, 1, L, L]; where tokens stand, bool [B, L], if no prompt is shared."""
+        return dense_mask(self.segments) if self.shared else self.segments >= 0
+
+    @cached_property
+    def blocks(self) -> BlockMask:
+        """The same for FlexAttention."""
+        return block_mask(self.segments)
 
 
 def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, shared: bool = True) -> PackedBatch:
@@ -65,19 +80,8 @@ def pack(groups: Sequence[Group], pad: int, collate_pixels: CollatePixels, share
             rows += [count] * len(response)
             count += 1
     pixels = collate_pixels([group.prompt.pixels for group in groups])
-    mask = block_mask(segments) if shared else segments >= 0
     named = tuple((group.sample, response) for group in groups for response in group.responses)
-    return PackedBatch(ids, positions, mask, pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count, named)
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """bool [B, 1, L, L] from segments [B, L] (0 the prompt, j > 0 a response, -1 padding): causal, and a response sees itself and the prompt."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    seen = causal & (key >= 0) & ((key == 0) | (key == query))
-    # Padding looks at itself: a row that sees nothing would be NaN.
-    return (seen | torch.eye(length, dtype=torch.bool, device=segments.device))[:, None]
+    return PackedBatch(ids, positions, segments, shared, pixels, torch.cat(gather), torch.tensor(tokens), torch.tensor(rows), count, named)
 
 
 def response_states(model: Any, batch: PackedBatch) -> Tensor:
@@ -85,7 +89,7 @@ def response_states(model: Any, batch: PackedBatch) -> Tensor:
     device = batch.ids.device
     out = model.model(
         input_ids=batch.ids,
-        attention_mask=batch.mask,
+        attention_mask=batch.blocks if batch.shared and takes_blocks(model, device) else batch.mask,
         position_ids=batch.positions,
         use_cache=False,
         **to_device(batch.pixels, device, model.dtype),
@@ -110,8 +114,8 @@ def packing_error(model: Any, prompt: Prompt, collate_pixels: CollatePixels, sha
 def move(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch with its tensors on `device`."""
     pixels = {name: t.to(device) for name, t in batch.pixels.items()}
-    ids, positions, mask, gather, tokens, rows = (t.to(device) for t in (batch.ids, batch.positions, batch.mask, batch.gather, batch.tokens, batch.rows))
-    return PackedBatch(ids, positions, mask, pixels, gather, tokens, rows, batch.count, batch.responses)
+    names = ("ids", "positions", "segments", "gather", "tokens", "rows")
+    return dataclasses.replace(batch, pixels=pixels, **{name: getattr(batch, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)

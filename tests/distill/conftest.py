@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from masters.demo.data import DemoSizes, build_data
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
+from masters.distill import attention
 from masters.distill.inputs import Encoder
 from masters.samples import Sample, read_samples
 
@@ -23,6 +25,17 @@ class Models:
 
     teacher: Path
     student: Path
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlexAttention chosen on a CPU as it is on a GPU, uncompiled, its gradients, which PyTorch has but refuses there, included."""
+    monkeypatch.setattr(attention, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    attention._proved.cache_clear()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    attention._proved.cache_clear()
 
 
 @pytest.fixture(scope="session")

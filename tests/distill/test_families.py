@@ -22,6 +22,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from masters.demo.models import build_model, build_processor, build_tokenizer
+from masters.distill.attention import takes_blocks
 from masters.distill.families import SUPPORTED, check_config, family_of, shares_prompts
 from masters.distill.forward import Group, pack, response_states
 from masters.distill.generate import GREEDY, Sampling, generate
@@ -204,18 +205,24 @@ def outcome(model: Any, states: Tensor, teacher: Any, theirs: Tensor, packed: An
     return stats._asdict(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
-def test_the_packed_forward_is_the_models_own(name: str, shared: bool):
-    model, teacher = student(name), made(name).build(seed=2, num_hidden_layers=4)
+@pytest.mark.parametrize("how", ["shared", "shared, FlexAttention", "unshared"])
+def test_the_packed_forward_is_the_models_own(name: str, how: str, request: pytest.FixtureRequest):
+    shared = how != "unshared"
+    model, teacher = made(name).build(seed=1), made(name).build(seed=2, num_hidden_layers=4)
+    if "Flex" in how:
+        request.getfixturevalue("flex_on_cpu")
+        assert takes_blocks(model, model.device)
+        assert takes_blocks(teacher, model.device)
     packed = pack(groups(name), encoder(name).pad, family_of(name).collate_pixels, shared)
     assert packed.count == sum(map(len, LENGTHS))
     assert len(packed.ids) == (len(ASKED) if shared else packed.count)
     with torch.no_grad():
         theirs, theirs_apart = response_states(teacher, packed), separate_states(name, teacher)
-    states, apart = response_states(model, packed), separate_states(name, model)
+    states, apart = response_states(model, packed), separate_states(name, student(name))
+    assert ("blocks" in vars(packed), "mask" in vars(packed)) == (("Flex" in how), ("Flex" not in how)), "what the forward was given"
     worst = {"states": float((states - apart).detach().abs().max())}
     found, gradients = outcome(model, states, teacher, theirs, packed)
-    expected, wanted = outcome(model, apart, teacher, theirs_apart, packed)
+    expected, wanted = outcome(student(name), apart, teacher, theirs_apart, packed)
     for key in ("divergence", "logprob", "teacher_logprob", "entropy"):
         worst[key] = float((found[key] - expected[key]).detach().abs().max())
     assert float(found["divergence"].detach().std()) > 1e-3, "responses differ, so that a mix-up of rows would show"
@@ -223,7 +230,7 @@ def test_the_packed_forward_is_the_models_own(name: str, shared: bool):
     assert any(part in key for key in wanted for part in family_of(name).PROJECTOR), "images matter"
     scaled = {key: float((gradients[key] - g).abs().max()) / max(1.0, float(g.abs().max())) for key, g in wanted.items()}
     worst["gradient"] = max(scaled.values())
-    print(name, shared, worst)
+    print(name, how, worst)
     assert all(value < TOLERANCE for value in worst.values()), worst
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from masters.distill.families.idefics3 import collate_pixels
-from masters.distill.forward import Group, block_mask, move, pack, response_states
+from masters.distill.forward import Group, move, pack, response_states
 from masters.distill.inputs import Encoder
 from masters.distill.objective import Heads, row_stats
 from masters.samples import Sample
@@ -74,7 +74,7 @@ def statistics_and_gradients(
     weights = torch.linspace(-1, 1.5, count)
     model.zero_grad(set_to_none=True)
     (stats.divergence.sum() + (weights * stats.logprob).sum()).backward()
-    return vars(stats), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return stats._asdict(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_divergences_log_probabilities_and_every_gradient_equal_the_unshared_forward(tiny: Any, tiny_teacher: Any, groups: list[Group]):
@@ -126,22 +126,6 @@ def test_a_batch_without_any_image(tiny: Any, groups: list[Group]):
         found = response_states(tiny, pack(groups[1:2], 0, collate_pixels))
         expected = torch.cat(separate_states(tiny, groups[1]))
     assert float((found - expected).abs().max()) < TOLERANCE
-
-
-def test_the_mask_by_enumeration():
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3], [0, 0, 1, 2, 2, -1, -1, -1, -1]])
-    found = block_mask(segments)
-    assert found.shape == (2, 1, 9, 9)
-    assert found.dtype == torch.bool
-    for b in range(2):
-        for i in range(9):
-            for j in range(9):
-                query, key = int(segments[b, i]), int(segments[b, j])
-                # What padding sees does not matter: nobody reads its states.
-                expected = i == j or (key == 0 and j <= i) if query == -1 else j <= i and key in (0, query)
-                assert bool(found[b, 0, i, j]) == expected, (b, i, j)
-    assert bool(found.any(-1).all()), "a row that sees nothing is NaN in a softmax"
-    assert not bool(found[1, 0, :5, 5:].any()), "nobody reads padding"
 
 
 def test_positions_continue_the_prompt_in_every_response(groups: list[Group]):
