@@ -37,7 +37,7 @@ def _budget(report: CheckReport) -> Table:
 def _charts(report: CheckReport) -> str:
     times = [("First token", report.latency.first_tokens), ("Each token after the first", report.latency.decode_steps)]
     drawn = [
-        _metric(f"{name}, ms", "How many percent of all came within a time.", _percentiles(name, values), "percent", i)
+        _metric(f"{name}, ms", "How many percent of all came within a time.", _percentiles(name, values), "p", i)
         for i, (name, values) in enumerate(times)
         if len(values) > 1
     ]
