@@ -146,4 +146,9 @@ class Patient(H11Protocol):
         super().connection_made(transport)
         # asyncio does so itself only for sockets that name their protocol; without it each answer waits 40 ms for an acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.loop.call_later(HEAD_SECONDS, lambda: transport.close() if self.cycle is None else None)
+        self.patience = self.loop.call_later(HEAD_SECONDS, lambda: transport.close() if self.cycle is None else None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # The timer would hold a connection's buffers until it fires: 100 MB under a few hundred requests a second.
+        self.patience.cancel()
+        super().connection_lost(exc)

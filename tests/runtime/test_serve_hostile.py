@@ -7,6 +7,7 @@ import copy
 import http.client
 import io
 import json
+import os
 import random
 import socket
 import struct
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,7 +194,8 @@ def test_mutated_requests(server: Running) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     statuses: list[int] = []
     slowest = 0.0
-    for number in range(400):
+    count = mutations(2000)
+    for number in range(count):
         body = mutate_bytes(json.dumps(right).encode(), rng) if number % 2 else json.dumps(mutate_tree(right, rng)).encode()
         start = time.monotonic()
         connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
@@ -205,9 +208,15 @@ def test_mutated_requests(server: Running) -> None:
         else:
             checked(response.status, answer)
     assert slowest < 5
-    assert statuses.count(200) < 200
+    print(f"{count} mutated requests: {dict(Counter(statuses))}, slowest {slowest:.2f} s")
+    assert statuses.count(200) < count / 2
     assert len(set(statuses)) > 1
     assert server.ask(messages=HI)[0] == 200
+
+
+def mutations(usual: int) -> int:
+    """How many to try: all that a release is worth by MASTERS_MUTATIONS, a part of it in every run of the tests."""
+    return int(os.environ.get("MASTERS_MUTATIONS", usual))
 
 
 def mutate_bytes(body: bytes, rng: random.Random) -> bytes:
@@ -260,17 +269,20 @@ def test_a_mutated_image_is_refused_or_answered(server: Running) -> None:
     rng = random.Random(1)
     files = [encoded(1, 40, 40, form) for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")]
     statuses = []
-    for number in range(120):
+    slowest, count = 0.0, mutations(120)
+    for number in range(count):
         image = bytearray(files[number % len(files)])
         for _ in range(rng.randint(1, 10)):
             image[rng.randrange(len(image))] = rng.randrange(256)
         body = {"messages": image_url("data:image/png;base64," + base64.b64encode(bytes(image)).decode()), "max_tokens": 1}
         start = time.monotonic()
         status, _, answer = server.request("POST", CHAT, json.dumps(body))
-        assert time.monotonic() - start < 5
+        slowest = max(slowest, time.monotonic() - start)
         statuses.append(status)
         if status != 200:
             assert checked(status, answer)["param"] == "messages"
+    print(f"{count} mutated images: {dict(Counter(statuses))}, slowest {slowest:.2f} s")
+    assert slowest < 5
     assert {200, 400} == set(statuses)
 
 
