@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch_reference import picture
 
-from masters.errors import BundleError, DataError, RecipeError
+from masters.errors import BundleError, DataError, MastersError, RecipeError
 from masters.runtime import Vlm
 from masters.runtime.answer import Timings
 from masters.runtime.budget import WHAT, Budget, judge, read_budget
@@ -129,6 +130,14 @@ def test_the_page_holds_verdicts_figures_and_failures(report: CheckReport, data:
     assert len(root.findall(".//article")) == QUESTIONS // 2
     assert len([node for node in root.iter("svg") if node.get("class") == "chart"]) == 3
     assert "2 of 7 limits missed" in text
+
+
+def test_a_full_disk_leaves_no_half_page(report: CheckReport, data: Path, disk_of: Callable[[str], Path]) -> None:
+    disk = disk_of("16k")
+    with pytest.raises(MastersError, match="No space left on device") as caught:
+        write_page(disk / "check.html", report, read_samples(data))
+    assert "\n" not in str(caught.value)
+    assert list(disk.iterdir()) == []
 
 
 def test_memory_size_and_cold_start(report: CheckReport, bundle: Path) -> None:

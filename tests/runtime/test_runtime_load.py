@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from torch_reference import picture
 
@@ -66,6 +67,20 @@ def test_the_self_test_names_the_stage_that_is_off(change: Callable[[dict[str, A
         load(folder, threads=1)
     # Deferred, by name only.
     assert load(folder, threads=1, verify=False).answer("hi", max_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("part", ["vision_encoder", "embed_tokens", "decoder_model_merged"])
+def test_right_hashes_of_wrong_weights_are_found(part: str, bundle: Path, tmp_path: Path) -> None:
+    """Who replaces a file can write its hash too; what the model computes gives the weights away."""
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    path = folder / "onnx" / f"{part}.onnx"
+    model = onnx.load(path)
+    largest = max((tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT), key=lambda tensor: len(tensor.raw_data))
+    largest.raw_data = (1.3 * np.frombuffer(largest.raw_data, np.float32)).astype(np.float32).tobytes()
+    onnx.save(model, path)
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), files=list_files(folder)))
+    with pytest.raises(BundleError, match="self-test"):
+        load(folder, threads=1)
 
 
 def test_differences_that_are_no_number_fail() -> None:
