@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,14 +11,17 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
+_FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of one run, which all have the same to tell
+
 
 def bar(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
     """Iterate over `items` with a bar that appears after two seconds; `done` of `total` count as finished before."""
     # Into a file or a log, redrawing ten times a second would be noise.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    yield from tqdm(items, desc=label, total=total, initial=done, delay=2, mininterval=interval, dynamic_ncols=True, file=sys.stderr)
+    yield from tqdm(items, disable=not _FIRST, desc=label, total=total, initial=done, delay=2, mininterval=interval, dynamic_ncols=True, file=sys.stderr)
 
 
 def say(message: str) -> None:
     """One line of news on stderr."""
-    tqdm.write(message, file=sys.stderr)
+    if _FIRST:
+        tqdm.write(message, file=sys.stderr)

@@ -27,7 +27,7 @@ from ..files import read_json, sha256_file, write_json
 from ..page import Table
 from ..progress import say
 from ..samples import Sample, read_samples
-from . import models
+from . import models, ranks
 from .claims import answers_values, digest, locked
 from .evaluate import greedy_answers, scores
 from .families import family_of
@@ -105,9 +105,9 @@ def ablate(config: AblateConfig) -> Ablation:
             say(f"run {place} of {len(runs)}: {run.arm}, seed {run.seed}")
             found.setdefault(run.arm, []).append(_scored(distill(run.recipe) / "student", run.recipe, data, samples, run.recipe.out))
         result = compare(base.out, found, arms)
-        write_json(base.out / "ablation.json", result.to_json())
+        ranks.once(write_json, base.out / "ablation.json", result.to_json())
         first = {run.arm: run.recipe.out for run in reversed(runs)}
-        write_report(base.out / "report.html", "Ablation", dict(reversed(first.items())), [result_table(result)], sentences(result), [])
+        ranks.once(write_report, base.out / "report.html", "Ablation", dict(reversed(first.items())), [result_table(result)], sentences(result), [])
     return result
 
 
@@ -209,10 +209,10 @@ def _share_skipped(found: Path, path: Path) -> None:
 def _scored(model: Path, recipe: Recipe, data: Path, samples: Sequence[Sample], folder: Path) -> list[float]:
     """The score of the model in a folder on every question, in their order; kept beside the run."""
     path = folder / f"scores-{sha256_file(data)[:16]}.json"
-    if not path.exists():
-        student = models.frozen(models.load_model(model, getattr(torch, recipe.train.dtype))).to(models.device())
+    if not ranks.agreed(path.exists()):
+        student = models.frozen(models.load_model(model, getattr(torch, recipe.train.dtype))).to(ranks.device())
         encoder = Encoder(models.load_processor(model), recipe.longest, positions=family_of(student.config.model_type).positions)
         answers = greedy_answers(student, encoder, samples, recipe.answers.max_tokens, recipe.train.evaluate_batch, "scoring")
-        write_json(path, {sample.id: score for sample, score in zip(samples, scores(samples, answers), strict=True)})
+        ranks.once(write_json, path, {sample.id: score for sample, score in zip(samples, scores(samples, answers), strict=True)})
     kept = read_json(path)
     return [float(kept[sample.id]) for sample in samples]

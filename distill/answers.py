@@ -11,8 +11,9 @@ from typing import Any
 from ..errors import MastersError
 from ..progress import bar
 from ..samples import Sample
+from . import ranks
 from .buffer import Shelf, question_key
-from .generate import Generated, Sampling, batches_by_length, failed, generate
+from .generate import Generated, Sampling, batches_by_length, failed, generate_own
 from .inputs import CollatePixels, Encoder
 from .judge import NAME as JUDGE
 from .judge import Verdict
@@ -59,13 +60,16 @@ def collect(
     images: Mapping[str, str],
     engine: Callable[[], AbstractContextManager[Engine]],
     settled: Callable[[], bool],
+    together: bool,
 ) -> list[Response]:
     """`source.count` rows for each sample, in the order of `samples`; only those that the shelf lacks are made, and those that failed unless `settled`.
 
-    `engine` is opened if there is something to make. Whatever goes wrong, finished batches are kept.
+    `engine` is opened if there is something to make: by all processes of the run where it answers with them `together`, or else by the main one.
+    Whatever goes wrong, finished batches are kept.
     """
     shelf = Shelf(asking.buffer, source.shelf)
     keys = {s.id: question_key(s, images[s.id], source.shelf, source.ratio, asking.sampling, asking.seed) for s in samples}
+    ranks.wait()
     rows = shelf.read()
     retry = any(row.finish == "failed" for row in rows.values()) and not settled()
 
@@ -74,12 +78,15 @@ def collect(
         return any(row is None or (retry and row.finish == "failed") for row in found)
 
     # The batches of an unbroken run, less what is there: numbers depend a little on what is computed together.
-    batches = [[s for s in batch if lacking(s)] for batch in batches_by_length(samples, asking.batch)]
+    batches = [[s for s in batch if lacking(s)] for batch in batches_by_length(samples, asking.batch * (ranks.count() if together else 1))]
     missing = [batch for batch in batches if batch]
     if missing:
-        _make(asking, source, shelf, missing, keys, images, engine)
+        if together or ranks.is_main():
+            _make(asking, source, shelf, missing, keys, images, engine)
+        ranks.wait()
         rows = shelf.read()
     wanted = [rows[f"{keys[s.id]}/{place}"] for s in samples for place in range(source.count)]
+    ranks.wait()  # all have read the parts
     if missing or not shelf.closed:
         shelf.close(wanted)
     return wanted
@@ -140,19 +147,22 @@ def _rows(asking: Asking, source: Source, sample: Sample, answers: Sequence[Gene
 
 
 def in_process(model: Any, encoder: Encoder, collate_pixels: CollatePixels, source: Source, asking: Asking, processes: int | None) -> Engine:
-    """The engine that is a model in this process. A question that can't be encoded gets failed answers."""
+    """The engine that is a model in this process, or in all processes of the run: each answers its part of a batch, and all get all answers.
+
+    A question that can't be encoded gets failed answers.
+    """
 
     def answer(batches: Sequence[Sequence[Sample]]) -> Iterator[tuple[Sample, list[Generated]]]:
-        count = process_count([sample for batch in batches for sample in batch], processes)
-        for batch, prompts in zip(batches, read_prompts(encoder, batches, count), strict=True):
-            bad = {sample.id: error for sample, error in zip(batch, prompts, strict=True) if isinstance(error, MastersError)}
-            good = [(sample, prompt) for sample, prompt in zip(batch, prompts, strict=True) if not isinstance(prompt, MastersError)]
-            found: list[list[Generated]] = []
-            if good:
-                readable, read = [sample for sample, _ in good], [prompt for _, prompt in good]
-                found = generate(model, encoder, collate_pixels, readable, source.count, asking.sampling, asking.seed, source.weights, read)
-            answers = {sample.id: answers for (sample, _), answers in zip(good, found, strict=True)}
+        mine = [batch[ranks.index() :: ranks.count()] for batch in batches]
+        count = process_count([sample for part in mine for sample in part], processes)
+        for batch, part, prompts in zip(batches, mine, read_prompts(encoder, mine, count), strict=True):
+            found = {sample.id: [failed(str(error))] * source.count for sample, error in zip(part, prompts, strict=True) if isinstance(error, MastersError)}
+            good = [(sample, prompt) for sample, prompt in zip(part, prompts, strict=True) if not isinstance(prompt, MastersError)]
+            readable, read = [sample for sample, _ in good], [prompt for _, prompt in good]
+            answers = generate_own(model, encoder, collate_pixels, readable, source.count, asking.sampling, asking.seed, source.weights, read)
+            found |= {sample.id: given for sample, given in zip(readable, answers, strict=True)}
+            every = {name: given for each in ranks.gathered(found) for name, given in each.items()}
             for sample in batch:
-                yield sample, answers[sample.id] if sample.id in answers else [failed(str(bad[sample.id]))] * source.count
+                yield sample, every[sample.id]
 
     return answer

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import RunError
 from ..progress import bar
 from ..samples import Sample
+from . import ranks
 from .generate import Sampling
 from .responses import Response, read_responses, write_responses
 
@@ -61,11 +62,14 @@ class Shelf:
         return rows
 
     def add(self, rows: Sequence[Response]) -> None:
-        """Keep a batch of rows: a whole part file, or none."""
-        write_responses(self.parts / f"{rows[0].key.replace('/', '-')}.parquet", rows)
+        """Keep a batch of rows: a whole part file, or none. The main process writes."""
+        if ranks.is_main():
+            write_responses(self.parts / f"{rows[0].key.replace('/', '-')}.parquet", rows)
 
     def close(self, rows: Sequence[Response]) -> None:
-        """Make the one file of `rows`, and drop the parts."""
+        """Make the one file of `rows`, and drop the parts. The main process does."""
+        if not ranks.is_main():
+            return
         write_responses(self.file, rows)
         shutil.rmtree(self.parts, ignore_errors=True)
 

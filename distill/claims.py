@@ -17,6 +17,7 @@ import yaml
 from ..errors import RunError
 from ..files import sha256_file, sha256_folder, write_text
 from ..progress import say
+from . import ranks
 from .recipe import Recipe, recipe_values
 from .skipped import SKIPPED, read_skipped
 
@@ -28,7 +29,11 @@ READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model
 
 @contextmanager
 def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this process alone; the lock goes with the process, however it ends. What a killed one was writing is removed."""
+    """Hold a folder for this run's processes alone; the lock goes with the main one, however it ends. What a killed one was writing is removed."""
+    if not ranks.is_main():
+        ranks.wait()
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")  # noqa: SIM115 - closed below
@@ -44,6 +49,7 @@ def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]
             fcntl.flock(handle, fcntl.LOCK_EX)
         for part in out.rglob(".*.part*"):
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        ranks.wait()
         yield
 
 
@@ -89,7 +95,9 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
-    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs in more than how the run is watched."""
+    """Write `values` where nothing is yet; otherwise raise RunError if what is there differs in more than how the run is watched. The main process does."""
+    if not ranks.is_main():
+        return
     if not path.exists():
         write_text(path, yaml.safe_dump(values, sort_keys=False))
         return

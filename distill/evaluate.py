@@ -11,8 +11,9 @@ from typing import Any
 from ..progress import bar
 from ..samples import Sample
 from ..scoring import score
+from . import ranks
 from .families import family_of
-from .generate import GREEDY, Generated, batches_by_length, generate
+from .generate import GREEDY, Generated, batches_by_length, generate, generate_own
 from .inputs import Encoder
 
 
@@ -20,9 +21,11 @@ def greedy_answers(model: Any, encoder: Encoder, samples: Sequence[Sample], max_
     """The greedy answer to every sample, in the order of `samples`."""
     sampling, family = dataclasses.replace(GREEDY, max_tokens=max_tokens), family_of(model.config.model_type)
     found: dict[str, Generated] = {}
-    for group in bar(list(batches_by_length(samples, batch)), label):
-        answers = generate(model, encoder, family.collate_pixels, group, 1, sampling)
-        found.update({sample.id: answer for sample, [answer] in zip(group, answers, strict=True)})
+    for group in bar(list(batches_by_length(samples, batch * ranks.count())), label):
+        mine = group[ranks.index() :: ranks.count()]
+        answers = generate_own(model, encoder, family.collate_pixels, mine, 1, sampling)
+        for part in ranks.gathered({sample.id: answer for sample, [answer] in zip(mine, answers, strict=True)}):
+            found.update(part)
     return [found[sample.id] for sample in samples]
 
 

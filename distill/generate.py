@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from ..samples import Sample
+from . import ranks
 from .inputs import CollatePixels, Encoder, Prompt, pad_left, pad_places, to_device
+from .parallel import STAND_IN, within
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,31 @@ def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[Sam
         yield order[start : start + size]
 
 
-@torch.inference_mode()
+def generate_own(
+    model: Any,
+    encoder: Encoder,
+    collate_pixels: CollatePixels,
+    samples: Sequence[Sample],
+    count: int,
+    sampling: Sampling,
+    seed: int = 0,
+    key: str = "",
+    prompts: Sequence[Prompt] | None = None,
+) -> list[list[Generated]]:
+    """`generate` for this process's part of a batch, which may be none of it.
+
+    Where weights are in shares, all processes must compute the same layers at the same time: one that has no picture looks at the stand-in.
+    """
+    if not samples and ranks.count() == 1:
+        return []
+    asked, read = list(samples), [encoder.prompt(sample) for sample in samples] if prompts is None else list(prompts)
+    if ranks.count() > 1 and not any(prompt.pixels for prompt in read):
+        asked, read = [*asked, STAND_IN], [*read, encoder.prompt(STAND_IN)]
+    answers: list[list[Generated]] = within(model, generate, encoder, collate_pixels, asked, count, sampling, seed, key, read)
+    return answers[: len(samples)]
+
+
+@torch.no_grad()  # inference mode would leave weights that FSDP2 gathers unfit for training
 def generate(
     model: Any,
     encoder: Encoder,
@@ -142,7 +168,7 @@ def _decode(
         token = torch.where(done, eos, pick(logits, seen, place))
         tokens.append(token)
         done |= token == eos
-        if done.all() or place + 1 == longest:
+        if ranks.all_true(done) or place + 1 == longest:
             break
         seen = torch.cat([seen, token[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

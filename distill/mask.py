@@ -96,15 +96,18 @@ def apply_mask(tensors: Mapping[str, Tensor], masks: Sequence[TensorMask], ratio
 
 def zero_below(weight: Tensor, threshold: float, dtype: torch.dtype = torch.float32) -> None:
     """Zero, in place, what is smaller than `threshold` as a number of type `dtype`, a few rows at a time."""
-    for rows in weight.split(max(1, 64 * CHUNK // max(1, weight[0].numel()))):
+    for rows in weight.split(max(1, 64 * CHUNK // max(1, weight.shape[1:].numel()))):
         # In float32: a threshold that tensors of several types share need not be a number of this one's.
         rows.masked_fill_(rows.to(dtype).float().abs() < threshold, 0)
 
 
-def restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Copy the unmasked weights back, in place, from the memory-mapped safetensors in which they are `stored`."""
+def restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], rows: Mapping[str, slice] | None = None) -> None:
+    """Copy the unmasked weights back, in place, from the memory-mapped safetensors in which they are `stored`.
+
+    `rows` says which of the stored ones each tensor is, where it is not all of them.
+    """
     for name, tensor in tensors.items():
-        tensor.copy_(read_tensor(stored_as(stored, name)))
+        tensor.copy_(read_tensor(stored_as(stored, name))[rows[name] if rows else slice(None)])
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,6 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _image_settings(processor: Any) -> dict[str, Any]:
     skipped = ("processor_class", "image_processor_type")
     return {key: value for key, value in processor.image_processor.to_dict().items() if key not in skipped}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -57,6 +58,10 @@ class Hooked(nn.Module):
             self._head = whole(self.model.get_output_embeddings().weight.detach())
         return self._head
 
+    def weights_changed(self) -> None:
+        """To be called when a frozen model is frozen no more, as when its mask changes."""
+        self._head = None
+
 
 def within(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(model, …)`, inside the model's hooks where it has any."""
@@ -81,6 +86,12 @@ def sharding() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
+@cache
+def mesh() -> DeviceMesh:
+    """All processes in a row; to be asked for by all at the same time."""
+    return init_device_mesh(ranks.device().type, (ranks.count(),))
+
+
 def place(model: Any, dtype: torch.dtype, shard: bool) -> Hooked:
     """The model on this process's device; with `shard` a share of it, gathered block by block in `dtype` when it computes."""
     hooked = Hooked(model)
@@ -90,7 +101,7 @@ def place(model: Any, dtype: torch.dtype, shard: bool) -> Hooked:
     offload = CPUOffloadPolicy() if plugin and isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy()
     # Autocast gives inputs their type where it matters; hidden states of a teacher must stay as they came.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    common: dict[str, Any] = {"mesh": init_device_mesh(ranks.device().type, (ranks.count(),)), "mp_policy": precision, "offload_policy": offload}
+    common: dict[str, Any] = {"mesh": mesh(), "mp_policy": precision, "offload_policy": offload}
     trained = any(parameter.requires_grad for parameter in model.parameters())
     # A frozen model's mask changes between two forwards: what stayed gathered would be stale.
     for block in blocks(model):

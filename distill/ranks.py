@@ -6,10 +6,10 @@ The main process writes files and holds the run folder; all read. Whatever decid
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -27,6 +27,11 @@ def _state() -> PartialState:
     """accelerate's state; processes without a GPU talk through gloo."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or ("LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     return PartialState(cpu, timeout=PATIENCE)
+
+
+def join() -> None:
+    """Meet the other processes, before anything asks for them."""
+    _state()
 
 
 def device() -> torch.device:
@@ -62,6 +67,13 @@ def agreed(value: Item) -> Item:
     return box[0]
 
 
+def once(function: Callable[..., None], *args: Any) -> None:
+    """Let the main process call `function`; all go on when it has."""
+    if is_main():
+        function(*args)
+    wait()
+
+
 def gathered(value: Item) -> list[Item]:
     """Every process's `value`, in their order."""
     if count() == 1:
@@ -69,6 +81,15 @@ def gathered(value: Item) -> list[Item]:
     found: list[Item | None] = [None] * count()
     dist.all_gather_object(found, value)
     return found  # type: ignore[return-value]
+
+
+def gathered_by_main(value: Item) -> list[Item]:
+    """Every process's `value` in the main one; nothing in the others."""
+    if count() == 1:
+        return [value]
+    found: list[Item | None] | None = [None] * count() if is_main() else None
+    dist.gather_object(value, found)
+    return found or []  # type: ignore[return-value]
 
 
 def total(values: Tensor) -> Tensor:

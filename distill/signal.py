@@ -28,9 +28,10 @@ from torch import Tensor
 from ..errors import RunError
 from ..files import whole_file
 from ..samples import Sample
+from . import ranks
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import CollatePixels, Encoder
-from .parallel import STAND_IN, head_of, within
+from .parallel import STAND_IN, Hooked, head_of, own, within
 from .responses import DistinctResponse
 
 FORWARD_TOKENS = 1 << 14  # padded tokens that the teacher reads at once
@@ -95,31 +96,50 @@ class SignalReader:
         Raises RunError, before any work, where the disk is too full for them.
         """
         index, by_id = layout.index(), {sample.id: sample for sample in samples}
-        states = (teacher.dtype, (int(index["rows"].sum()), teacher.get_output_embeddings().weight.shape[1]))
+        head = head_of(teacher)
+        states = (head.dtype, (int(index["rows"].sum()), head.shape[1]))
         shapes = {name: (torch.int32, values.shape) for name, values in index.items()} | {"states": states}
         groups = (Group(self.encoder.prompt(by_id[name]), ids, name) for name, ids in zip(layout.samples, layout.responses, strict=True))
+        found = self._all_states(teacher, groups)
+        if not ranks.is_main():
+            for _ in found:
+                pass
+            return
         with whole_file(path) as part, open(part, "wb") as handle:
             _check_space(path, shapes)
             handle.write(header(shapes, {"samples": json.dumps(layout.samples), **metadata}))
             for values in index.values():
                 handle.write(values.tobytes())
-            for batch in _batches(groups, FORWARD_TOKENS):
-                handle.write(_bytes(_distinct(batch, self.states(teacher, batch)).to("cpu", teacher.dtype)))
+            for computed in found:
+                handle.write(_bytes(computed.to("cpu", head.dtype)))
+
+    def _all_states(self, teacher: Any, groups: Iterable[Group]) -> Iterator[Tensor]:
+        """The distinct states of all groups in their order, to the main process; of as many batches as there are processes each computes one."""
+        for batches in _at_a_time(_batches(groups, FORWARD_TOKENS), ranks.count()):
+            mine = batches[ranks.index()] if ranks.index() < len(batches) else []
+            shown = any(group.prompt.pixels for group in mine) or ranks.count() == 1
+            # Weights in shares need every process: one without a batch, or a picture, looks at the stand-in.
+            looked_at = mine if shown else [*mine, Group(self.encoder.prompt(STAND_IN), ((self.encoder.eos,),))]
+            computed = self.states(teacher, looked_at)
+            tokens = sum(len(ids) for group in mine for ids in group.responses)
+            parts = ranks.gathered_by_main(_distinct(mine, computed[:tokens]).cpu() if mine else None)
+            yield from (part for part in parts if part is not None)
 
     @torch.no_grad()
     def states(self, teacher: Any, batch: Sequence[Group]) -> Tensor:
         """The states [n, hidden] of all response tokens of some questions."""
-        packed = move(pack(batch, self.encoder.pad, self.collate, self.shared), teacher.device)
-        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return response_states(teacher, packed)
+        packed = move(pack(batch, self.encoder.pad, self.collate, self.shared), ranks.device())
+        with torch.autocast(ranks.device().type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            found: Tensor = within(teacher, response_states, packed)
+            return found
 
 
 def write_head(folder: Path, name: str, ratio: float, teacher: Any, masked: Mapping[str, Tensor], mark: str) -> Path:
     """Write the output matrix [V, hidden] as the tensor `head`, where it is not there yet: once a teacher, or once a ratio if it is among the `masked`."""
-    head = teacher.get_output_embeddings().weight.detach()
-    changes = any(tensor.data_ptr() == head.data_ptr() for tensor in masked.values())
+    head, matrix = head_of(teacher).detach(), own((teacher.model if isinstance(teacher, Hooked) else teacher).get_output_embeddings().weight)
+    changes = any(tensor.data_ptr() == matrix.data_ptr() for tensor in masked.values())
     path = folder / f"{name}{f'-{ratio:g}' if changes else ''}.safetensors"
-    if not path.exists():
+    if ranks.is_main() and not path.exists():
         shapes = {"head": (head.dtype, tuple(head.shape))}
         with whole_file(path) as part, open(part, "wb") as handle:
             _check_space(path, shapes)
@@ -258,6 +278,11 @@ def _batches(groups: Iterable[Group], tokens: int) -> Iterator[list[Group]]:
         longest = max(longest, size)
     if batch:
         yield batch
+
+
+def _at_a_time(batches: Iterator[list[Group]], count: int) -> Iterator[list[list[Group]]]:
+    while found := list(itertools.islice(batches, count)):
+        yield found
 
 
 def _distinct(batch: Sequence[Group], states: Tensor) -> Tensor:

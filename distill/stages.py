@@ -25,7 +25,7 @@ from ..errors import RecipeError, RunError
 from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample, read_samples
-from . import lora, models
+from . import lora, models, ranks
 from .answers import Asking, Source, collect
 from .buffer import check_failures, image_digests
 from .checkpoint import read_checkpoint, set_weights
@@ -37,6 +37,7 @@ from .inputs import Encoder
 from .judge import judge
 from .mask import TensorMask, apply_mask, plan_masks, restore
 from .materialize import write_masked
+from .parallel import mesh, own, own_rows, place, sharding
 from .recipe import Objective, Recipe, Teacher, recipe_values
 from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct
@@ -76,12 +77,13 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
     """
     if until not in STAGES:
         raise RecipeError(f"unknown stage '{until}'; expected one of {', '.join(STAGES)}")
+    ranks.join()
     run = _Run(recipe)  # reads only, and refuses what does not fit before anything is written
     with locked(recipe.out), closing(run):
-        write_skipped(recipe.out / SKIPPED, run.skipped)  # which questions there are is part of what is claimed
-        claim(recipe)
-        run.plan()
-        if until == "check" or (recipe.out / "student").exists():  # what comes last
+        ranks.once(write_skipped, recipe.out / SKIPPED, run.skipped)  # which questions there are is part of what is claimed
+        ranks.once(claim, recipe)
+        ranks.once(run.plan)
+        if until == "check" or ranks.agreed((recipe.out / "student").exists()):  # what comes last
             return recipe.out
         for share in run.shares:
             masks = run.mask(share)
@@ -96,7 +98,7 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
                     return recipe.out
                 run.train(share, masks, stages, responses, signal)
         if until == "student":
-            run.finish()
+            ranks.once(run.finish)
     return recipe.out
 
 
@@ -167,10 +169,13 @@ class _Run:
         if self.recipe.buffer:
             self._claim_buffer()
         path = (self.recipe.buffer or self.out) / f"mask-{share.number}.json"
+        ranks.once(self._write_masks, share, path)
+        return [TensorMask.from_json(row) for row in read_json(path)]
+
+    def _write_masks(self, share: Share, path: Path) -> None:
         if not path.exists():
             found = self._find_masks(share) if any(share.ratios) else []
             write_json(path, [dataclasses.asdict(mask) for mask in found])
-        return [TensorMask.from_json(row) for row in read_json(path)]
 
     def _find_masks(self, share: Share) -> list[TensorMask]:
         weights = models.weights_to_mask(share.teacher.model, self.recipe.mask, self.dtype)
@@ -188,7 +193,7 @@ class _Run:
         wanted, asked, rows = self.recipe.answers, share.asked(stages), list[Response]()
         self._claim_buffer()
         if wanted.teacher or wanted.student:
-            images = image_digests(asked)
+            images = ranks.agreed(image_digests(asked) if ranks.is_main() else {})
             with self._alone():
                 rows = [*self._teacher_answers(share, masks, stages, images), *self._student_answers(share, stages, images)]
         if wanted.truth:
@@ -200,7 +205,7 @@ class _Run:
 
     def _teacher_answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], images: Mapping[str, str]) -> list[Response]:
         sources, rows = teacher_sources(share, self.recipe.answers.teacher), list[Response]()
-        teacher = cache(lambda: _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype))  # loaded if any stage lacks answers
+        teacher = cache(partial(self._teacher, share, masks))  # loaded if any stage lacks answers
         for stage in stages if self.recipe.answers.teacher else ():
             weights = Weights(partial(_masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
             rows += self._collect(self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages))
@@ -223,7 +228,7 @@ class _Run:
         wanted = self.recipe.answers
         asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge)
         opened = partial(open_engine, engine, wanted, source, asking, self.encoder, self.family.collate_pixels, weights, self.out / "serving")
-        return collect(asking, source, samples, images, opened, settled)
+        return collect(asking, source, samples, images, opened, settled, together=engine == "transformers")
 
     def _settled(self, share: Share, stages: Sequence[int]) -> Callable[[], bool]:
         """Whether updates or the teacher's states were made from these questions' answers: then the failed ones stay so."""
@@ -232,9 +237,14 @@ class _Run:
             files = self._files(share, stages, (self.recipe.buffer or self.out) / "teacher", ".safetensors")
             if len(_missing(files)) < len(files):
                 return True
-            return (self.out / "checkpoints").exists() and self._trainer().done > self._first_step(share, stages)
+            return self._done() > self._first_step(share, stages)
 
         return settled
+
+    def _done(self) -> int:
+        """Updates that the student has seen; the main process may ask alone, which is why no trainer is made."""
+        path = self.out / "checkpoints" / "last.pt"
+        return self.trainer.done if self.trainer else int(read_checkpoint(path)["step"]) if path.exists() else 0
 
     def _first_step(self, share: Share, stages: Sequence[int]) -> int:
         return min((step.number for step in self.steps[share.number] if step.stage in stages), default=0)
@@ -265,8 +275,8 @@ class _Run:
     def _check_untrained(self, share: Share, stages: Sequence[int]) -> None:
         """Raise RunError if the student has been trained on questions that it is to answer first."""
         first = self._first_step(share, stages)
-        if self._trainer().done > first:
-            place = f"step {self._trainer().done}, its answers in {self.buffer} are missing and come from step {first}"
+        if self._done() > first:
+            place = f"step {self._done()}, its answers in {self.buffer} are missing and come from step {first}"
             raise RunError(f"the student stands at {place}; put them back, or remove {self.out / 'checkpoints'} to train it again")
 
     def signal(
@@ -283,13 +293,14 @@ class _Run:
         if _missing(files):
             with self._alone():
                 reader = SignalReader(self.encoder, self.family.collate_pixels, self.shared, self.dtype)
-                teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype)
+                teacher = self._teacher(share, masks)
                 for path in bar(_missing(files), f"signal of {share.teacher.model.name}"):
                     stage, chunk = files[path]
                     teacher.set_ratio(share.ratios[stage])
                     head = write_head(folder, f"teacher{share.number}-head", share.ratios[stage], teacher.model, teacher.tensors, mark)
                     reader.write(path, layouts[path], chunk, teacher.model, {"head": head.name, "mark": mark})
-        return CachedSignal(list(files), models.device())
+                    ranks.wait()
+        return CachedSignal(list(files), ranks.device())
 
     def train(
         self,
@@ -306,7 +317,7 @@ class _Run:
         if not steps:
             return
         live = signal is None and needs_teacher(self.recipe.objective)
-        teacher = _MaskedTeacher(share, masks, self.family.LANGUAGE, self.dtype) if live else None
+        teacher = self._teacher(share, masks) if live else None
         log = self.log = self.log or RunLog(self.recipe, trainer.done)
         if trainer.done == 0:
             self._evaluate(trainer, log, Step(-1, 0, share.ratios[0], ()))
@@ -325,7 +336,7 @@ class _Run:
         """Validation accuracy; the weights are kept where it is the highest so far."""
         with trainer.autocast():
             answers = greedy_answers(
-                trainer.student, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating"
+                trainer.hooked, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating"
             )
         reached = scores(self.validation, answers)
         accuracy = sum(reached) / len(reached)
@@ -389,10 +400,14 @@ class _Run:
         return self.trainer
 
     def _student(self) -> Any:
-        return self._trainer().student
+        return self._trainer().hooked
+
+    def _teacher(self, share: Share, masks: Sequence[TensorMask]) -> _MaskedTeacher:
+        wanted = self.recipe.train.shard_teacher
+        return _MaskedTeacher(share, masks, self.dtype, sharding() is not None if wanted is None else wanted)
 
     def _load_student(self) -> Any:
-        student = models.load_model(self.recipe.student, torch.float32).to(models.device())
+        student = models.load_model(self.recipe.student, torch.float32)
         if self.recipe.lora:
             lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
         elif self.recipe.train.freeze_vision:
@@ -401,19 +416,24 @@ class _Run:
 
 
 class _MaskedTeacher:
-    """A frozen teacher whose mask can be changed: going up zeroes more in place, going down copies the weights back first."""
+    """A frozen teacher whose mask can be changed: going up zeroes more in place, going down copies the weights back first. With `shard`, each in its share."""
 
-    def __init__(self, share: Share, masks: Sequence[TensorMask], language: Sequence[str], dtype: torch.dtype) -> None:
-        self.model = models.frozen(models.load_model(share.teacher.model, dtype)).to(models.device())
-        self.masks, self.ratio, self.stored = masks, 0.0, stored_weights(share.teacher.model, self.model)
-        named = dict(self.model.named_parameters())
-        self.tensors = {mask.name: named[mask.name].data for mask in masks}
+    def __init__(self, share: Share, masks: Sequence[TensorMask], dtype: torch.dtype, shard: bool) -> None:
+        if shard and ranks.count() > 1:
+            mesh()
+        with ranks.in_turn():  # the machine's memory holds one whole teacher at a time
+            self.model = place(models.frozen(models.load_model(share.teacher.model, dtype)), dtype, shard)
+        self.masks, self.ratio, self.stored = masks, 0.0, stored_weights(share.teacher.model, self.model.model)
+        named = dict(self.model.model.named_parameters())
+        self.tensors = {mask.name: own(named[mask.name].data) for mask in masks}
+        self.rows = {mask.name: own_rows(named[mask.name].data) for mask in masks}
 
     def set_ratio(self, ratio: float) -> None:
         if ratio < self.ratio:
-            restore(self.tensors, self.stored)
+            restore(self.tensors, self.stored, self.rows)
         if ratio != self.ratio and ratio > 0:
             apply_mask(self.tensors, self.masks, ratio)
+        self.model.weights_changed()
         self.ratio = ratio
 
 
@@ -464,7 +484,7 @@ def _chunks(share: Share, bounds: range, name: str) -> Iterator[tuple[str, list[
 
 
 def _missing(files: Iterable[Path]) -> list[Path]:
-    return [path for path in files if not path.exists()]
+    return ranks.agreed([path for path in files if not path.exists()])
 
 
 def _truth(sample: Sample, encoder: Encoder) -> Response:
