@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from masters.distill import answers, stages
-from masters.distill.generate import generate
+from masters.distill.generate import generate_own
 from masters.distill.judge import Verdict
 from masters.distill.recipe import PRESETS, Recipe, build_recipe
 from masters.distill.stages import distill
@@ -495,11 +495,11 @@ def test_a_full_disk_during_answers_keeps_what_was_finished(raw: dict[str, Any],
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     made: list[str] = []
 
-    def counted(*given: Any) -> Any:
-        made.extend(sample.id for sample in given[3])
-        return generate(*given)
+    def noted(*arguments: Any, **more: Any) -> Any:
+        made.extend(sample.id for sample in arguments[3])
+        return generate_own(*arguments, **more)
 
-    monkeypatch.setattr(answers, "generate", counted)
+    monkeypatch.setattr(answers, "generate_own", noted)
     distill(recipe, until="answers")
     after = {row["key"]: row for row in answers_of(recipe.out)}
     assert len(after) == 96
