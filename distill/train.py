@@ -314,19 +314,15 @@ def _figures(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """metrics.jsonl, one row a line, by the main process; what was written after the checkpoint that a run continues from, at step `first`, is dropped."""
+    """metrics.jsonl, one row a line; what was written after the checkpoint that a run continues from, at step `first`, is dropped."""
 
     def __init__(self, path: Path, first: int) -> None:
-        self.path = path
-        if not ranks.is_main():
-            return
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         with whole_file(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows if first and row["step"] < first))
+        self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if not ranks.is_main():
-            return
         try:
             with open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
