@@ -30,6 +30,8 @@ from masters.distill.inputs import Encoder, Prompt
 from masters.distill.mask import maskable
 from masters.distill.models import check_pair, check_rules, freeze_vision, load_processor, without_videos
 from masters.distill.objective import Heads, row_stats
+from masters.distill.responses import DistinctResponse
+from masters.distill.signal import CachedSignal, SignalReader, lay_out, write_head
 from masters.distill.skipped import PROBES, _Lengths
 from masters.errors import ModelError
 from masters.samples import Sample
@@ -255,6 +257,21 @@ def test_lengths_computed_from_image_sizes_are_the_processors_own(name: str, mon
     few = [*map(str, range(PROBES)), *(f"none {i}" for i in range(PROBES))]
     # LLaVA-OneVision gives several images no tiles, which its rule does not know.
     assert encoded == few + [f"two {i}" for i in range(PROBES + 2 if name == "llava_onevision" else PROBES)]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
+def test_the_kept_signal_is_the_teachers_own_forward(name: str, shared: bool, tmp_path: Path):
+    teacher = made(name).build(seed=2, num_hidden_layers=4)
+    answers = {sample.id: [DistinctResponse(ids, 1, None, True, False) for ids in group.responses] for sample, group in zip(ASKED, groups(name), strict=True)}
+    head, path = write_head(tmp_path, "head", 0.0, teacher, {}, ""), tmp_path / "chunk.safetensors"
+    reader = SignalReader(encoder(name), family_of(name).collate_pixels, shared, torch.float32)
+    reader.write(path, lay_out(ASKED, answers), ASKED, teacher, {"head": head.name, "mark": ""})
+    asked = [dataclasses.replace(group, sample=sample.id) for sample, group in zip(ASKED, groups(name), strict=True)]
+    states, matrix = CachedSignal([path], torch.device("cpu")).read(pack(asked, encoder(name).pad, family_of(name).collate_pixels, shared))
+    with torch.no_grad():
+        apart = float((states - separate_states(name, teacher)).abs().max())
+    assert apart < TOLERANCE, apart
+    assert torch.equal(matrix, teacher.get_output_embeddings().weight)
 
 
 def test_greedy_answers_are_transformers_token_for_token(name: str):
