@@ -70,13 +70,28 @@ def demo(out: Path, fast: bool, threads: int) -> None:
 @click.argument("recipe", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--until", default="student", show_default=True, help="Last stage to run: check, mask, answers, signal, train or student.")
-@click.option("--dry-run", is_flag=True, help="Check the inputs, write plan.json and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the inputs, write plan.json and mask-cost.json and stop.")
 @_refusing
 def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool) -> None:
-    """Distil the student that RECIPE (a YAML file) names; run again, it continues where it stopped."""
+    """Distil the student that RECIPE (a YAML file) names; run again, it continues where it stopped.
+
+    With --until mask: score the masked teachers on validation questions and propose the largest ratio that they bear.
+    """
     stages = _needs(".distill.stages", "distill")
     read_recipe = _needs(".distill.recipe", "distill").read_recipe
-    click.echo(stages.distill(read_recipe(recipe, overrides), "check" if dry_run else until))
+    out = stages.distill(read_recipe(recipe, overrides), "check" if dry_run else until)
+    if until == "mask" and not dry_run:
+        _print_trials(_needs(".distill.mask_trial", "distill"), out)
+    click.echo(out)
+
+
+def _print_trials(mask_trial: Any, out: Path) -> None:
+    from .runtime.report import table
+
+    for number, trial in enumerate(mask_trial.read_trials(out)):
+        shown = mask_trial.trial_table(trial)
+        proposed = f"Proposed: teachers.{number}.r_max={trial.r_max:g}"
+        click.echo("\n".join([shown.title, "", table(shown.columns, shown.rows), "", shown.note, proposed, ""]))
 
 
 @main.command()

@@ -23,7 +23,8 @@ from .skipped import SKIPPED, read_skipped
 
 # Settings of the answers that change none of them: a server may move, and a run goes on with another limit.
 PASSING = ("endpoint", "vllm", "processes", "max_failed")
-WATCHED = {"track", "project"}  # what a run that was begun may change
+WATCHED = {"track", "project", "mask_trial"}  # what a run that was begun may change
+ANSWERED = ("responses", "teacher", "checkpoints", "metrics.jsonl", "student")  # what depends on the mask ratios
 READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
 
 
@@ -56,7 +57,10 @@ def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]
 def claim(recipe: Recipe) -> None:
     """Write recipe.yaml, or make sure that the one that is there is the same, models and questions included."""
     values = recipe_values(recipe) | {"fingerprints": fingerprints(recipe)}
-    claim_file(recipe.out / "recipe.yaml", values, "the run folder")
+    path = recipe.out / "recipe.yaml"
+    if path.exists() and not any((recipe.out / name).exists() for name in ANSWERED) and _differ_in_r_max(path, values):
+        write_text(path, yaml.safe_dump(values, sort_keys=False))  # what was measured there decides it
+    claim_file(path, values, "the run folder")
 
 
 def answers_values(recipe: Recipe) -> dict[str, Any]:
@@ -71,9 +75,8 @@ def answers_values(recipe: Recipe) -> dict[str, Any]:
 
 def training_mark(recipe: Recipe) -> str:
     """A hash of all that decides what a checkpoint holds; where the run stands on disk does not."""
-    values = {
-        key: value for key, value in lasting(recipe_values(recipe)).items() if key not in ("out", "buffer", "student", "teachers", "data", "teacher_signal")
-    }
+    elsewhere = ("out", "buffer", "student", "teachers", "data", "teacher_signal")
+    values = {key: value for key, value in lasting(recipe_values(recipe)).items() if key not in elsewhere}
     values |= {"fingerprints": fingerprints(recipe), "limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers]}
     return digest(values)
 
@@ -127,6 +130,16 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
         elif left != right:
             found.append(key)
     return found
+
+
+def _differ_in_r_max(path: Path, values: Mapping[str, Any]) -> bool:
+    """Whether the recipe in `path` is that of `values` but for the ratios at which the teachers start."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ours, theirs = (dict(v, teachers=[{**teacher, "r_max": None} for teacher in v["teachers"]]) for v in map(lasting, (values, before)))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, ValueError):
+        return False  # damaged, which will be said of it
+    return ours == theirs and values["teachers"] != before["teachers"]
 
 
 def _state(path: Path) -> tuple[tuple[str, int, int], ...]:

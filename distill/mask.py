@@ -7,16 +7,19 @@ weights lies: of one tensor by default, of one block or of the whole model for e
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
+from ..files import read_json, write_json
 from ..progress import bar
 from .stored import Stored, read_tensor, stored_as
 
@@ -76,6 +79,19 @@ def plan_masks(tensors: Mapping[str, Tensor], ratios: Iterable[float], scope: st
         groups[_group(name, scope)].append(name)
     found = {mask.name: mask for names in bar(groups.values(), "mask thresholds") for mask in _plan_group(tensors, names, ratios)}
     return [found[name] for name in tensors]
+
+
+def keep_masks(path: Path, weights: Callable[[], Mapping[str, Tensor]], ratios: Iterable[float], scope: str) -> None:
+    """Plan masks from `weights` and write them to the file at `path`, where it or one of the ratios is missing.
+
+    Of ratio 0 alone there are none, and the weights are not asked for.
+    """
+    found = [TensorMask.from_json(row) for row in read_json(path)] if path.exists() else None
+    known = {ratio for mask in (found or ())[:1] for ratio in mask.thresholds}
+    wanted = {*ratios} | known
+    if found is None or (any(wanted) and wanted != known):
+        found = plan_masks(weights(), wanted, scope) if any(wanted) else []
+        write_json(path, [dataclasses.asdict(mask) for mask in found])
 
 
 def thresholds(tensors: Sequence[Tensor], ratios: Sequence[float]) -> list[float]:

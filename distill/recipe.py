@@ -82,6 +82,15 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class MaskTrial:
+    """What `--until mask` measures: the teacher's score on some validation questions at these ratios and at its own."""
+
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    questions: int = 500
+    tolerance: float = 0.02  # of score, which the interval of the loss must not reach
+
+
+@dataclass(frozen=True)
 class Objective:
     """Every part of the objective and of its rewards; each can be switched off alone."""
 
@@ -144,6 +153,7 @@ class Recipe:
     preset: str = "default"
     answers: Answers = field(default_factory=Answers)
     mask: Mask = field(default_factory=Mask)
+    mask_trial: MaskTrial = field(default_factory=MaskTrial)
     objective: Objective = field(default_factory=Objective)
     train: Train = field(default_factory=Train)
     lora: Lora | None = None  # None: full fine-tuning
@@ -188,11 +198,11 @@ _CHOICES = {
 }
 
 _LEAST: dict[str, float] = {
-    **dict.fromkeys(("data.limit", "longest", "answers.batch", "answers.max_tokens"), 1),
+    **dict.fromkeys(("data.limit", "longest", "answers.batch", "answers.max_tokens", "mask_trial.questions"), 1),
     **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch", "train.accumulate", "lora.rank"), 1),
     **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
-    **dict.fromkeys(("train.warm_up", "train.weight_decay", "train.evaluate_steps", "data.max_skipped", "lora.dropout"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay", "train.evaluate_steps", "data.max_skipped", "lora.dropout", "mask_trial.tolerance"), 0),
 }
 _LEAST |= dict.fromkeys(("answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
 _LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
@@ -338,7 +348,10 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("the student answers again after it was trained in this run, and no endpoint has it then; set answers.student_engine")
     if recipe.lora and recipe.lora.dropout >= 1:
         raise RecipeError(f"'lora.dropout' is {recipe.lora.dropout}; expected less than 1, the share of an adapter's inputs to leave out")
-    for key, expressions in {"mask.exclude": recipe.mask.exclude, "lora.targets": recipe.lora.targets if recipe.lora else ()}.items():
+    if wrong := [ratio for ratio in recipe.mask_trial.ratios if not 0 <= ratio < 1]:
+        raise RecipeError(f"'mask_trial.ratios' holds {wrong[0]}; expected at least 0 and less than 1, the share of weights to set to zero")
+    patterns = {"mask.include": recipe.mask.include, "mask.exclude": recipe.mask.exclude, "lora.targets": recipe.lora.targets if recipe.lora else ()}
+    for key, expressions in patterns.items():
         for expression in expressions:
             try:
                 re.compile(expression)

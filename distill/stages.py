@@ -35,16 +35,18 @@ from .evaluate import greedy_answers, scores
 from .families import SUPPORTED, family_of, shares_prompts
 from .inputs import Encoder
 from .judge import judge
-from .mask import TensorMask, apply_mask, plan_masks, restore
+from .mask import TensorMask, keep_masks
+from .mask_cost import write_costs
+from .mask_trial import judge_trial, measure, trial_questions
+from .masked_teacher import MaskedTeacher, masked
 from .materialize import write_masked
-from .parallel import mesh, own, own_rows, place, sharding
+from .parallel import sharding
 from .recipe import Objective, Recipe, Teacher, recipe_values
 from .report import read_run, write_report
 from .responses import DistinctResponse, Response, distinct
 from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
-from .stored import stored_weights
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer, plan_steps
 
@@ -83,11 +85,15 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
         ranks.once(write_skipped, recipe.out / SKIPPED, run.skipped)  # which questions there are is part of what is claimed
         ranks.once(claim, recipe)
         ranks.once(run.plan)
+        if until == "check":
+            costs = [(share.teacher.model, share.ratios) for share in run.shares]
+            ranks.once(write_costs, recipe.out / "mask-cost.json", costs, recipe.mask, run.dtype)
         if until == "check" or ranks.agreed((recipe.out / "student").exists()):  # what comes last
             return recipe.out
         for share in run.shares:
             masks = run.mask(share)
             if until == "mask":
+                run.try_masks(share)
                 continue
             for stages in run.rounds(share):
                 responses = run.answers(share, masks, stages)
@@ -164,22 +170,31 @@ class _Run:
         anew = self.recipe.answers.refresh == "stage" and self.recipe.answers.student
         return [(stage,) for stage in stages] if anew else [tuple(stages)]
 
-    def mask(self, share: Share) -> list[TensorMask]:
-        """The thresholds of every ratio of a teacher, kept in mask-N.json; of ratio 0 alone there are none, and no teacher is loaded for them."""
+    def mask(self, share: Share, more: Sequence[float] = ()) -> list[TensorMask]:
+        """The thresholds of every ratio of a teacher and of some `more`, kept in mask-N.json."""
         if self.recipe.buffer:
             self._claim_buffer()
         path = (self.recipe.buffer or self.out) / f"mask-{share.number}.json"
-        ranks.once(self._write_masks, share, path)
+        weights = partial(models.weights_to_mask, share.teacher.model, self.recipe.mask, self.dtype)
+        ranks.once(keep_masks, path, weights, {*share.ratios, *more}, self.recipe.mask.scope)
         return [TensorMask.from_json(row) for row in read_json(path)]
 
-    def _write_masks(self, share: Share, path: Path) -> None:
-        if not path.exists():
-            found = self._find_masks(share) if any(share.ratios) else []
-            write_json(path, [dataclasses.asdict(mask) for mask in found])
+    def try_masks(self, share: Share) -> None:
+        """Score the teacher on validation questions at every ratio of the recipe and of its trial; mask-trial-N.json says which r_max they propose."""
+        if not self.recipe.mask.enabled:
+            return
+        trial, folder = self.recipe.mask_trial, self.out / f"mask-trial-{share.number}"
+        ratios = sorted({0.0, *share.ratios, *trial.ratios})
+        masks, asked = self.mask(share, ratios), trial_questions(self.validation, trial.questions, self.recipe.seed)
+        teacher = cache(lambda: self._teacher(share, masks))  # loaded if any ratio lacks scores
 
-    def _find_masks(self, share: Share) -> list[TensorMask]:
-        weights = models.weights_to_mask(share.teacher.model, self.recipe.mask, self.dtype)
-        return plan_masks(weights, share.ratios, self.recipe.mask.scope)
+        def score(ratio: float) -> list[float]:
+            with masked(teacher, ratio) as model:
+                limits = self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch
+                return scores(asked, greedy_answers(model, self.encoder, asked, *limits, f"mask ratio {ratio:g}"))
+
+        judged = judge_trial(share.teacher.model.name, measure(folder, ratios, asked, score), masks, trial.tolerance, self.recipe.mask.step)
+        ranks.once(write_json, folder.with_suffix(".json"), dataclasses.asdict(judged))
 
     def _claim_buffer(self) -> None:
         claim_file(self.buffer / "buffer.yaml", answers_values(self.recipe), "the buffer of responses")
@@ -207,7 +222,7 @@ class _Run:
         sources, rows = teacher_sources(share, self.recipe.answers.teacher), list[Response]()
         teacher = cache(partial(self._teacher, share, masks))  # loaded if any stage lacks answers
         for stage in stages if self.recipe.answers.teacher else ():
-            weights = Weights(partial(_masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
+            weights = Weights(partial(masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
             rows += self._collect(self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages))
         check_failures(rows, self.recipe.answers.max_failed, share.teacher.model.name)
         return rows
@@ -402,9 +417,9 @@ class _Run:
     def _student(self) -> Any:
         return self._trainer().hooked
 
-    def _teacher(self, share: Share, masks: Sequence[TensorMask]) -> _MaskedTeacher:
+    def _teacher(self, share: Share, masks: Sequence[TensorMask]) -> MaskedTeacher:
         wanted = self.recipe.train.shard_teacher
-        return _MaskedTeacher(share, masks, self.dtype, sharding() is not None if wanted is None else wanted)
+        return MaskedTeacher(share.teacher.model, masks, self.dtype, sharding() is not None if wanted is None else wanted)
 
     def _load_student(self) -> Any:
         student = models.load_model(self.recipe.student, torch.float32)
@@ -413,34 +428,6 @@ class _Run:
         elif self.recipe.train.freeze_vision:
             models.freeze_vision(student)
         return student
-
-
-class _MaskedTeacher:
-    """A frozen teacher whose mask can be changed: going up zeroes more in place, going down copies the weights back first. With `shard`, each in its share."""
-
-    def __init__(self, share: Share, masks: Sequence[TensorMask], dtype: torch.dtype, shard: bool) -> None:
-        if shard and ranks.count() > 1:
-            mesh()
-        with ranks.in_turn():  # the machine's memory holds one whole teacher at a time
-            self.model = place(models.frozen(models.load_model(share.teacher.model, dtype)), dtype, shard)
-        self.masks, self.ratio, self.stored = masks, 0.0, stored_weights(share.teacher.model, self.model.model)
-        named = dict(self.model.model.named_parameters())
-        self.tensors = {mask.name: own(named[mask.name].data) for mask in masks}
-        self.rows = {mask.name: own_rows(named[mask.name].data) for mask in masks}
-
-    def set_ratio(self, ratio: float) -> None:
-        if ratio < self.ratio:
-            restore(self.tensors, self.stored, self.rows)
-        if ratio != self.ratio and ratio > 0:
-            apply_mask(self.tensors, self.masks, ratio)
-        self.model.weights_changed()
-        self.ratio = ratio
-
-
-@contextmanager
-def _masked(teacher: Callable[[], _MaskedTeacher], ratio: float) -> Iterator[Any]:
-    teacher().set_ratio(ratio)
-    yield teacher().model
 
 
 def teacher_sources(share: Share, count: int) -> list[Source]:

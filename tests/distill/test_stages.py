@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from masters.distill import answers, stages
 from masters.distill.generate import generate_own
 from masters.distill.judge import Verdict
+from masters.distill.masked_teacher import MaskedTeacher
 from masters.distill.recipe import PRESETS, Recipe, build_recipe
 from masters.distill.stages import distill
 from masters.errors import DataError, MastersError, ModelError, RecipeError, RunError
@@ -138,13 +139,13 @@ def test_the_masked_teacher_answers_and_teaches(raw: dict[str, Any], monkeypatch
         weights = [t for name, t in teacher.model.named_parameters() if "text_model.layers" in name and t.ndim == 2]
         seen.append((what, teacher.ratio, sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)))
 
-    original = stages._MaskedTeacher.set_ratio
+    original = MaskedTeacher.set_ratio
 
     def set_ratio(self: Any, ratio: float) -> None:
         original(self, ratio)
         note("set", self)
 
-    monkeypatch.setattr(stages._MaskedTeacher, "set_ratio", set_ratio)
+    monkeypatch.setattr(MaskedTeacher, "set_ratio", set_ratio)
     distill(recipe_of(raw, teachers=[{**raw["teachers"][0], "r_max": 0.4}], preset="default"))
     assert [ratio for _, ratio, _ in seen[:3]] == [0.4, 0.2, 0.0], "answers, stage by stage"
     assert sorted({ratio for _, ratio, _ in seen[3:]}, reverse=True) == [0.4, 0.2, 0.0]
