@@ -112,9 +112,12 @@ def apply_mask(tensors: Mapping[str, Tensor], masks: Sequence[TensorMask], ratio
 
 def zero_below(weight: Tensor, threshold: float, dtype: torch.dtype = torch.float32) -> None:
     """Zero, in place, what is smaller than `threshold` as a number of type `dtype`, a few rows at a time."""
-    for rows in weight.split(max(1, 64 * CHUNK // max(1, weight.shape[1:].numel()))):
-        # In float32: a threshold that tensors of several types share need not be a number of this one's.
-        rows.masked_fill_(rows.to(dtype).float().abs() < threshold, 0)
+    kind = dtype if dtype.itemsize == 2 else weight.dtype
+    integer, magnitude = (torch.int16, 0x7FFF) if kind.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
+    limit, whole = _bits(threshold, kind), torch.int16 if weight.element_size() == 2 else torch.int32
+    for rows in weight.split(max(1, _chunk(weight) // max(1, weight.shape[1:].numel()))):
+        # Integers all along: a comparison of magnitudes as such, and a product with 0 or 1, take a third of the time of floats and masked_fill_.
+        rows.view(whole).mul_((rows.to(kind).view(integer) & magnitude) >= limit)
 
 
 def restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored], rows: Mapping[str, slice] | None = None) -> None:
@@ -213,12 +216,22 @@ def _count_lower(tensor: Tensor, codes: Sequence[int]) -> dict[int, Tensor]:
 
 
 def _chunks(tensor: Tensor) -> Iterable[Tensor]:
-    return tensor.detach().flatten().split(CHUNK if tensor.device.type == "cpu" else 64 * CHUNK)  # the counter makes a GPU wait after each
+    return tensor.detach().flatten().split(_chunk(tensor))
+
+
+def _chunk(tensor: Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else 64 * CHUNK  # a GPU has no such cache, and waits after each
 
 
 def _codes(chunk: Tensor, wide: bool) -> Tensor:
     """The magnitudes' 16-bit codes, as int16."""
     return (chunk.float().view(torch.int16)[1::2] if wide else chunk.view(torch.int16)) & 0x7FFF
+
+
+def _bits(magnitude: float, kind: torch.dtype) -> int:
+    """The bits of the smallest number of type `kind` that is no smaller: a threshold that several types share need not be a number of each."""
+    near = torch.tensor(magnitude, dtype=torch.float64).to(kind)
+    return int(near.view(torch.int32 if kind.itemsize == 4 else torch.int16)) + (float(near) < magnitude)
 
 
 def _value(bits: int, kind: torch.dtype) -> float:

@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +147,6 @@ def test_no_more_than_one_file_of_weights_is_open_at_a_time(sharded: Path, tmp_p
     assert len(seen) == len(weight_files(sharded)), "every file was seen"
     assert alone == 1
     assert more > 1, "the check would notice"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "masters-test", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"can't mount a small file system here: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(sharded: Path, small_disk: Path):

@@ -197,8 +197,8 @@ def test_validation_within_a_stage(raw: dict[str, Any]):
 def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
     whole = distill(recipe_of(raw, out=raw["out"] + "-whole"))
     expected = {
-        "check": {"recipe.yaml", "skipped.jsonl", "plan.json"},
-        "mask": {"mask-0.json"},
+        "check": {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-cost.json"},
+        "mask": {"mask-0.json", "mask-trial-0", "mask-trial-0.json"},
         "answers": {"responses"},
         "train": {"metrics.jsonl", "trackers.json", "tensorboard", "checkpoints"},
         "student": {"report.html", "student"},
