@@ -80,6 +80,8 @@ def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool)
     stages = _needs(".distill.stages", "distill")
     read_recipe = _needs(".distill.recipe", "distill").read_recipe
     out = stages.distill(read_recipe(recipe, overrides), "check" if dry_run else until)
+    if not _needs(".distill.ranks", "distill").is_main():
+        return  # one of several processes says it
     if until == "mask" and not dry_run:
         _print_trials(_needs(".distill.mask_trial", "distill"), out)
     click.echo(out)
