@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +75,9 @@ with whole_folder(Path({str(path)!r}), replace=True) as part:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
     """A file system of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "masters-test", str(place)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"can't mount a small file system here: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+    return disk_of("256k")
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(small_disk: Path) -> None:
