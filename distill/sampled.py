@@ -30,7 +30,7 @@ def read_choices(body: dict[str, Any], count: int, sample: Sample, encoder: Enco
 def _choice(choice: Any, drawn: Any, sample: Sample, encoder: Encoder) -> Generated:
     message = choice.get("message") if isinstance(choice, dict) else None
     content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, str | None) or message is None:
+    if not isinstance(message, dict) or not isinstance(content, str | None):
         return failed("a choice has no message")
     finish = choice.get("finish_reason")
     if finish not in FINISHES:

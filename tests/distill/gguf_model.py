@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes  # noqa: F401 - gives numpy the type bfloat16
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from transformers import AutoProcessor
+from safetensors.numpy import load_file
 
 TEXT = {
     "embed_tokens.weight": "token_embd.weight",
@@ -48,14 +47,13 @@ def write_gguf(folder: Path, out: Path) -> Gguf:
     out.mkdir(parents=True, exist_ok=True)
     found = Gguf(out / "model.gguf", out / "mmproj.gguf")
     config = json.loads((folder / "config.json").read_text())
-    weights = {name: tensor.float() for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    processor = AutoProcessor.from_pretrained(folder)
-    _write_text(found.model, config["text_config"], processor, weights)
-    _write_vision(found.mmproj, config, processor, weights)
+    weights = {name: array.astype(np.float32) for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+    _write_text(found.model, config["text_config"], folder, weights)
+    _write_vision(found.mmproj, config, folder, weights)
     return found
 
 
-def _write_text(path: Path, config: dict[str, Any], processor: Any, weights: dict[str, torch.Tensor]) -> None:
+def _write_text(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray]) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     heads, width = config["num_attention_heads"], config["head_dim"]
     writer.add_block_count(config["num_hidden_layers"])
@@ -69,39 +67,40 @@ def _write_text(path: Path, config: dict[str, Any], processor: Any, weights: dic
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(float(config["rope_parameters"]["rope_theta"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    _add_tokenizer(writer, processor)
+    _add_tokenizer(writer, folder)
     counts = {"q": heads, "k": config["num_key_value_heads"]}
     for name, tensor in weights.items():
         short = name.removeprefix("model.text_model.")
         if short != name:
             attention = re.search(r"self_attn\.([qk])_proj", short)
             values = _interleaved(tensor, counts[attention[1]]) if attention else tensor
-            writer.add_tensor(_renamed(short, TEXT, "layers", "blk"), _array(values))
+            writer.add_tensor(_renamed(short, TEXT, "layers", "blk"), np.ascontiguousarray(values))
     _finish(writer)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, processor: Any) -> None:
-    tokenizer = processor.tokenizer
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+    tokenizer, settings = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    ids = tokenizer["model"]["vocab"] | {name: token["id"] for name, token in added.items()}
     # llama.cpp puts two line ends before a picture, as one token, which this small vocabulary lacks: a tile's name that is never used stands for it.
-    names = {name: index for name, index in tokenizer.get_vocab().items() if name != UNUSED} | {"ĊĊ": tokenizer.get_vocab()[UNUSED]}
-    vocabulary = sorted(names.items(), key=lambda item: item[1])
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    ids["ĊĊ"] = ids.pop(UNUSED)
+    vocabulary = sorted(ids, key=lambda name: ids[name])
+    assert [ids[name] for name in vocabulary] == list(range(len(vocabulary)))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")  # single digits, then GPT-2's rule
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token, _ in vocabulary])
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([gguf.TokenType.CONTROL if added.get(name, {}).get("special") else gguf.TokenType.NORMAL for name in vocabulary])
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(ids[settings["bos_token"]])
+    writer.add_eos_token_id(ids[settings["eos_token"]])
+    writer.add_pad_token_id(ids[settings["pad_token"]])
     writer.add_add_bos_token(False)
-    writer.add_chat_template(processor.chat_template)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
 
 
-def _write_vision(path: Path, config: dict[str, Any], processor: Any, weights: dict[str, torch.Tensor]) -> None:
+def _write_vision(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray]) -> None:
     writer = gguf.GGUFWriter(path, "clip")
-    vision, pictures = config["vision_config"], processor.image_processor
+    vision, pictures = config["vision_config"], json.loads((folder / "processor_config.json").read_text())["image_processor"]
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(gguf.VisionProjectorType.IDEFICS3)
     writer.add_vision_projection_dim(config["text_config"]["hidden_size"])
@@ -112,16 +111,16 @@ def _write_vision(path: Path, config: dict[str, Any], processor: Any, weights: d
     writer.add_vision_block_count(vision["num_hidden_layers"])
     writer.add_vision_head_count(vision["num_attention_heads"])
     writer.add_vision_attention_layernorm_eps(vision.get("layer_norm_eps", 1e-6))
-    writer.add_vision_image_mean(list(pictures.image_mean))
-    writer.add_vision_image_std(list(pictures.image_std))
+    writer.add_vision_image_mean(pictures["image_mean"])
+    writer.add_vision_image_std(pictures["image_std"])
     writer.add_vision_projector_scale_factor(config["scale_factor"])
-    writer.add_vision_preproc_image_size(pictures.size["longest_edge"])
+    writer.add_vision_preproc_image_size(pictures["size"]["longest_edge"])
     writer.add_vision_use_gelu(True)
     for name, tensor in weights.items():
         short = name.removeprefix("model.vision_model.")
         if short != name:
-            writer.add_tensor(_renamed(short, VISION, "encoder.layers", "v.blk"), _array(tensor))
-    writer.add_tensor("mm.model.fc.weight", _array(weights["model.connector.modality_projection.proj.weight"]))
+            writer.add_tensor(_renamed(short, VISION, "encoder.layers", "v.blk"), tensor)
+    writer.add_tensor("mm.model.fc.weight", weights["model.connector.modality_projection.proj.weight"])
     _finish(writer)
 
 
@@ -131,13 +130,9 @@ def _renamed(name: str, names: dict[str, str], layers: str, block: str) -> str:
     return re.sub(rf"^{re.escape(layers)}\.", f"{block}.", name)
 
 
-def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """GGUF's Llama rotates neighbouring pairs, Hugging Face's the two halves of a head."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.numpy())
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:

@@ -24,16 +24,16 @@ _context.set_forkserver_preload(
 )
 
 
-def start(values: dict[str, Any], complaint: Path) -> BaseProcess:
+def start(values: dict[str, Any], complaint: Path, until: str = "student") -> BaseProcess:
     """Begin `distill` on a recipe's plain values; a refusal is written to `complaint`, as the command line would print it."""
-    process = _context.Process(target=_work, args=(values, complaint), daemon=True)
+    process = _context.Process(target=_work, args=(values, complaint, until), daemon=True)
     process.start()
     return process
 
 
-def run(values: dict[str, Any], complaint: Path, seconds: float = 300) -> None:
+def run(values: dict[str, Any], complaint: Path, seconds: float = 300, until: str = "student") -> None:
     """Run to the end."""
-    process = start(values, complaint)
+    process = start(values, complaint, until)
     process.join(seconds)
     assert process.exitcode == 0, complaint.read_text() if complaint.exists() else f"exit code {process.exitcode}"
 
@@ -51,7 +51,7 @@ def kill_when(process: BaseProcess, reached: Callable[[], bool], delay: float, s
     assert process.exitcode == -9, "it was to be killed, and had ended by itself"
 
 
-def _work(values: dict[str, Any], complaint: Path) -> None:
+def _work(values: dict[str, Any], complaint: Path, until: str) -> None:
     import torch
 
     from masters.distill import stages
@@ -61,7 +61,7 @@ def _work(values: dict[str, Any], complaint: Path) -> None:
     torch.set_num_threads(1)
     stages.QUESTIONS_PER_FILE = QUESTIONS_PER_FILE
     try:
-        stages.distill(build_recipe(values))
+        stages.distill(build_recipe(values), until)
     except MastersError as error:
         complaint.write_text(f"{type(error).__name__}: {error}")
         os._exit(REFUSED)

@@ -53,8 +53,11 @@ def responses(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def part_files(out: Path, shelf: str) -> list[Path]:
-    """The finished batches of whose name begins so."""
-    return list((out / "responses").glob(f"{shelf}*/[!.]*.parquet"))
+    """The finished batches of the sources whose names begin so."""
+    try:
+        return list((out / "responses").glob(f"{shelf}*/[!.]*.parquet"))
+    except FileNotFoundError:  # put together and removed just now
+        return []
 
 
 def kept_rows(out: Path) -> dict[str, dict[str, Any]]:
