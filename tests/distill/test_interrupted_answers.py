@@ -13,6 +13,7 @@ import pytest
 from test_stages import answers_of, one_line, raw, recipe_of, rows_of  # noqa: F401 - raw is a fixture
 
 from masters.distill import answers, stages
+from masters.distill.generate import generate_own
 from masters.distill.stages import distill
 from masters.errors import MastersError, RunError
 from masters.samples import read_samples
