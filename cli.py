@@ -70,21 +70,22 @@ def demo(out: Path, fast: bool, threads: int) -> None:
 @click.argument("recipe", type=PATH)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--until", default="student", show_default=True, help="Last stage to run: check, mask, answers, signal, train or student.")
-@click.option("--dry-run", is_flag=True, help="Check the inputs, write plan.json and mask-cost.json and stop.")
+@click.option("--dry-run", is_flag=True, help="Check the inputs, print what the run needs and stop.")
 @_refusing
 def distill(recipe: Path, overrides: tuple[str, ...], until: str, dry_run: bool) -> None:
     """Distil the student that RECIPE (a YAML file) names; run again, it continues where it stopped.
 
     With --until mask: score the masked teachers on validation questions and propose the largest ratio that they bear.
     """
-    stages = _needs(".distill.stages", "distill")
+    stages, module = _needs(".distill.stages", "distill"), _needs(".distill.plan", "distill")
     read_recipe = _needs(".distill.recipe", "distill").read_recipe
-    out = stages.distill(read_recipe(recipe, overrides), "check" if dry_run else until)
+    wanted = read_recipe(recipe, overrides)
+    shown = module.plan_text(module.plan(wanted)) if dry_run else str(stages.distill(wanted, until))
     if not _needs(".distill.ranks", "distill").is_main():
         return  # one of several processes says it
     if until == "mask" and not dry_run:
-        _print_trials(_needs(".distill.mask_trial", "distill"), out)
-    click.echo(out)
+        _print_trials(_needs(".distill.mask_trial", "distill"), wanted.out)
+    click.echo(shown)
 
 
 def _print_trials(mask_trial: Any, out: Path) -> None:

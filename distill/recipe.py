@@ -143,6 +143,21 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What `--dry-run` reckons with; None: what it finds here. Nothing that a run computes depends on it."""
+
+    devices: int | None = None  # processes, one a device
+    memory_gb: float | None = None  # of one device
+    shard: bool | None = None  # models in shares (FSDP)
+    tokens_per_second: float | None = None  # of training, all devices together, as a short run has measured them
+    answer_tokens_per_second: float | None = None  # of generation, likewise
+    tflops: float = 0.0  # of one device in train.dtype, where no throughput is stated
+    mfu: float = 0.35  # the share of them that is reached
+    answer_mfu: float = 0.05  # likewise in generation, which waits for memory
+    answer_tokens: float | None = None  # of an answer, on average; None: answers.max_tokens
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run."""
 
@@ -163,6 +178,7 @@ class Recipe:
     seed: int = 0
     track: tuple[str, ...] = ("tensorboard",)  # what follows metrics.jsonl: tensorboard, wandb, trackio
     project: str = "masters"  # the name under which W&B and trackio show the run
+    machine: Machine = field(default_factory=Machine)
 
 
 _BARE = {"accuracy_reward": False, "distillation_reward": "none", "beta": 0.0}
@@ -206,8 +222,10 @@ _LEAST: dict[str, float] = {
 }
 _LEAST |= dict.fromkeys(("answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
 _LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
+_LEAST |= {"machine.devices": 1, "machine.tflops": 0}
 TRACKERS = ("tensorboard", "wandb", "trackio")
-_POSITIVE = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
+_POSITIVE: tuple[str, ...] = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
+_POSITIVE += tuple(f"machine.{key}" for key in ("memory_gb", "tokens_per_second", "answer_tokens_per_second", "mfu", "answer_mfu", "answer_tokens"))
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

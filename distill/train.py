@@ -103,7 +103,7 @@ class Trainer:
         self.student.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.train.learning_rate * rate_at(step.number, self.total_steps, self.recipe.train.schedule, self.recipe.train.warm_up)
-        passes = ("distill", "rest") if step.number % NORMS_EVERY == 0 and _has_both_parts(self.recipe.objective) else ("all",)
+        passes = ("distill", "rest") if step.number % NORMS_EVERY == 0 and has_both_parts(self.recipe.objective) else ("all",)
         gradients: list[list[Tensor | None]] = []
         norms: dict[str, float] = {}
         for part in passes:
@@ -116,6 +116,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         for parameter, *parts in zip(self.trained, *gradients, strict=True):
             parameter.grad = _sum([gradient for gradient in parts if gradient is not None])
+        del gradients
         norms["grad_norm"] = float(whole(torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip)))
         _check_finite("gradient's norm", norms["grad_norm"], step, chosen)
         self.optimizer.step()
@@ -215,12 +216,13 @@ def _seed(*key: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:8], "little")
 
 
-def _has_both_parts(objective: Objective) -> bool:
+def has_both_parts(objective: Objective) -> bool:
+    """Whether the gradients of distillation and of the rest are measured apart."""
     return objective.distill > 0 and max(objective.policy, objective.beta, objective.nll) > 0
 
 
 def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
-    return None if not gradients else gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
+    return None if not gradients else gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
 
 
 @dataclass(frozen=True)
