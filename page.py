@@ -27,9 +27,9 @@ LONGEST_TEXT = 600  # characters of a question or an answer
 
 @dataclass(frozen=True)
 class Example:
-    """A question about an image and what each model said: name -> (text, whether it is right)."""
+    """A question, about an image or none, and what each model said: name -> (text, whether it is right)."""
 
-    image: Path | bytes
+    image: Path | bytes | None
     question: str
     truth: str
     answers: Mapping[str, tuple[str, bool]]
@@ -88,20 +88,26 @@ def gallery(examples: Sequence[Example]) -> str:
 
 
 def _example(example: Example, place: int) -> str:
-    image = open_image(example.image)
-    size = f"{image.width} × {image.height}"
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
-    kind = ' class="small"' if max(image.size) <= SMALL_SIDE else ""
-    picture = f'<img{kind} src="{_png_url(image)}" alt="Image of example {place}, {size} pixels" width="{image.width}" height="{image.height}">'
     question, _, more = example.question.strip().partition("\n")
     choices = f'<p class="choices" dir="auto">{safe(more, LONGEST_TEXT)}</p>' if more else ""
     answers = "".join(_answer(name, text, right) for name, (text, right) in example.answers.items())
     return (
-        f'<article aria-label="Example {place}"><div class="picture">{picture}</div>'
+        f'<article aria-label="Example {place}">{_picture(example, place)}'
         f'<h3 class="question" dir="auto">{safe(question, LONGEST_TEXT)}</h3>{choices}'
         f'<p class="truth"><span class="who">truth</span> <span dir="auto">{safe(example.truth, LONGEST_TEXT)}</span></p>'
         f'<ul class="answers">{answers}</ul></article>'
     )
+
+
+def _picture(example: Example, place: int) -> str:
+    if example.image is None:
+        return ""
+    image = open_image(example.image)
+    size = f"{image.width} × {image.height}"
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS)
+    kind = ' class="small"' if max(image.size) <= SMALL_SIDE else ""
+    shown = f'alt="Image of example {place}, {size} pixels" width="{image.width}" height="{image.height}"'
+    return f'<div class="picture"><img{kind} src="{_png_url(image)}" {shown}></div>'
 
 
 def _answer(name: str, text: str, right: bool) -> str:

@@ -126,6 +126,8 @@ class Train:
     keep: str = "last"  # the student written at the end: last, or best on validation
     checkpoint_steps: int = 100
     evaluate_batch: int = 128
+    samples_every: int = 100  # updates between tables of a few answers; 0: none
+    samples: int = 6  # questions of validation in such a table, and as many of training
     evaluate_steps: int = 0  # updates between validations within a stage; 0: at its end alone
     seed: int | None = None  # of the order of questions within a stage; the recipe's seed where none is given
     shard_teacher: bool | None = None  # a share of the teacher in each process; None: if the student is in shares
@@ -218,9 +220,10 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("train.questions_per_step", "train.epochs", "train.checkpoint_steps", "train.evaluate_batch", "train.accumulate", "lora.rank"), 1),
     **dict.fromkeys(("answers.teacher", "answers.student", "answers.truth", "answers.temperature", "answers.top_k"), 0),
     **dict.fromkeys(("objective.distill", "objective.policy", "objective.beta", "objective.nll", "objective.least_spread"), 0),
-    **dict.fromkeys(("train.warm_up", "train.weight_decay", "train.evaluate_steps", "data.max_skipped", "lora.dropout", "mask_trial.tolerance"), 0),
+    **dict.fromkeys(("train.warm_up", "train.weight_decay", "train.evaluate_steps", "train.samples_every", "data.max_skipped"), 0),
+    **dict.fromkeys(("lora.dropout", "mask_trial.tolerance"), 0),
 }
-_LEAST |= dict.fromkeys(("answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
+_LEAST |= dict.fromkeys(("train.samples", "answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
 _LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
 _LEAST |= {"machine.devices": 1, "machine.tflops": 0}
 TRACKERS = ("tensorboard", "wandb", "trackio")

@@ -77,6 +77,14 @@ METRICS = (
         log=True,
     ),
     Metric("kl", "Distance from the starting point", "KL divergence from the student before training, in nats a token.", (Part("kl", "KL"),)),
+    Metric("divergence", "Divergence from the teacher", "Mean over the answers’ tokens, in nats.", (Part("divergence", "divergence"),)),
+    Metric(
+        "spread",
+        "Groups without a difference",
+        "Share of questions whose answers all got the same reward: they teach nothing about which is better.",
+        (Part("zero_spread", "share of groups", zero=True),),
+    ),
+    Metric("length", "Length of answers", "Mean number of tokens of the answers that a step learns from.", (Part("response_tokens", "tokens"),)),
     Metric("entropy", "Entropy", "How undecided the student is about the next token of an answer, in nats.", (Part("entropy", "entropy"),)),
 )
 
@@ -162,9 +170,19 @@ def _overview(runs: Sequence[Run]) -> Table:
         before = f"{found[0]:.3f}" if found and curve.steps[0] == 0 else "–"
         accuracy = (before, *(f"{value:.3f}" for value in (found[-1], max(found)))) if found else ("–",) * 3
         seconds = sum(row.get("seconds", 0.0) for row in run.steps)
-        rows.append((run.name, f"{len(run.steps):,}", f"{sum(row.get('questions', 0) for row in run.steps):,}", _duration(seconds), *accuracy))
-    columns = ("Run", "Steps", "Questions", "Training time", "Accuracy before", "After", "Best")
-    return Table("Runs and their validation accuracy", columns, tuple(rows))
+        ranked = (_ranked(run, "right_outranks_distillation"), _ranked(run, "right_outranks_total"))
+        rows.append((run.name, f"{len(run.steps):,}", f"{sum(row.get('questions', 0) for row in run.steps):,}", _duration(seconds), *accuracy, *ranked))
+    columns = ("Run", "Steps", "Questions", "Training time", "Accuracy before", "After", "Best", "Right above wrong: distillation reward", "total reward")
+    note = "Right above wrong: of all pairs of a right and a wrong answer to one question, the share in which the right one got the higher reward."
+    return Table("Runs and their validation accuracy", columns, tuple(rows), note)
+
+
+def _ranked(run: Run, key: str) -> str:
+    """A reward's share of pairs over the whole run; – where it was not in use or there was no pair."""
+    pairs = sum(row.get("pairs", 0) for row in run.steps)
+    higher = sum(row.get(key, 0) for row in run.steps)
+    in_use = key == "right_outranks_total" or any(row.get("reward_distillation") for row in run.steps)
+    return f"{higher / pairs:.0%}" if pairs and in_use else "–"
 
 
 def _duration(seconds: float) -> str:
@@ -188,7 +206,7 @@ def _validation(runs: Sequence[Run]) -> str:
     before = starts.pop() if len(starts) == 1 and all(curve.steps[0] == 0 for _, curve in curves) else None
     y = linear_axis([v for _, curve in curves for v in curve.values])
     chart = Chart("validation", "Validation accuracy of every run over steps", lines, _step_axis(runs, 8), y, reference=before)
-    note = "Share of validation questions answered right, at the end of every mask stage."
+    note = "Share of validation questions answered right."
     note += " The dotted line is the student before training." if before is not None else ""
     return f'<div class="validation"><h3>Validation accuracy</h3><p class="note">{note}</p><figure>{draw(chart)}</figure></div>'
 

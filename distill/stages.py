@@ -28,10 +28,12 @@ from ..samples import Sample, read_samples
 from . import lora, models, ranks
 from .answers import Asking, Source, collect
 from .buffer import check_failures, image_digests
+from .card import model_card
 from .checkpoint import read_checkpoint, set_weights
 from .claims import answers_values, claim, claim_file, digest, locked
 from .engines import Weights, check_names, open_engine
 from .evaluate import greedy_answers, scores
+from .examples import evenly, show
 from .families import SUPPORTED, family_of, shares_prompts
 from .inputs import Encoder
 from .judge import judge
@@ -42,13 +44,14 @@ from .masked_teacher import MaskedTeacher, masked
 from .materialize import write_masked
 from .parallel import sharding
 from .recipe import Objective, Recipe, Teacher, recipe_values
-from .report import read_run, write_report
+from .report import write_report
 from .responses import DistinctResponse, Response, distinct
 from .schedule import mask_ratios, stage_bounds
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
-from .skipped import SKIPPED, DataFile, counts, look_through, without, write_skipped
+from .skipped import SKIPPED, DataFile, counted, counts, look_through, without, write_skipped
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer, plan_steps
+from .validation import Measured, measured, validate
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -326,7 +329,7 @@ class _Run:
         signal: CachedSignal | None,
     ) -> None:
         """All updates of some mask stages, the mask falling from one to the next, the student evaluated at the end of each."""
-        trainer = self._trainer()
+        trainer, wanted = self._trainer(), self.recipe.train
         planned = [step for step in self.steps[share.number] if step.stage in stages]
         steps = [step for step in planned if step.number >= trainer.done]
         if not steps:
@@ -335,41 +338,32 @@ class _Run:
         teacher = self._teacher(share, masks) if live else None
         log = self.log = self.log or RunLog(self.recipe, trainer.done)
         if trainer.done == 0:
-            self._evaluate(trainer, log, Step(-1, 0, share.ratios[0], ()))
+            validate(trainer, self.encoder, self.validation, log, Step(-1, 0, share.ratios[0], ()))
         ends = {max(s.number for s in planned if s.stage == stage) for stage in {s.stage for s in steps}}
-        for step in bar(steps, f"training ({self.recipe.preset})", total=len(planned), done=len(planned) - len(steps)):
+        few = {stage: [sample for sample in share.asked([stage]) if responses.get(sample.id)][: wanted.samples] for stage in stages}
+        for step in bar(steps, f"training ({self.recipe.preset})", total=len(planned), done=len(planned) - len(steps), status=log.status):
             if teacher:
                 teacher.set_ratio(step.ratio)
             log.write(trainer.step(step, share.samples, responses, teacher.model if teacher else signal) | {"kind": "step"})
-            every = self.recipe.train.evaluate_steps
-            if step.number in ends or (every and trainer.done % every == 0):
-                self._evaluate(trainer, log, step)
-            if step.number in ends or trainer.done % self.recipe.train.checkpoint_steps == 0:
+            if step.number in ends or _due(trainer.done, wanted.evaluate_steps):
+                validate(trainer, self.encoder, self.validation, log, step)
+            if _due(trainer.done, wanted.samples_every):
+                show(trainer, evenly(self.validation, wanted.samples), few[step.stage], responses, teacher.model if teacher else signal, log, step)
+            if step.number in ends or _due(trainer.done, wanted.checkpoint_steps):
                 trainer.save()
 
-    def _evaluate(self, trainer: Trainer, log: RunLog, step: Step) -> None:
-        """Validation accuracy; the weights are kept where it is the highest so far."""
-        with trainer.autocast():
-            answers = greedy_answers(
-                trainer.hooked, self.encoder, self.validation, self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch, "validating"
-            )
-        reached = scores(self.validation, answers)
-        accuracy = sum(reached) / len(reached)
-        log.write({"kind": "evaluation", "step": step.number, "stage": step.stage, "ratio": step.ratio, "validation_accuracy": accuracy})
-        if accuracy > trainer.best:
-            trainer.best = accuracy
-            trainer.save_best()
-
     def finish(self) -> None:
-        """Write report.html, then student/: the last or the best weights with the student's own processor files."""
+        """Write report.html, then student/: the last or the best weights with the student's own processor files and a model card."""
         target = self.out / "student"
         if target.exists():
             return
-        self._report()
+        found = measured(self.out, self.recipe.train.keep)
+        self._report(found)
         student = self._trained_student(self.recipe.train.keep, self.out / "adapter" if self.recipe.lora and self.recipe.lora.keep_adapter else None)
         with whole_folder(target) as part:
             self._write_model(student, part)
             write_json(part / "masters_recipe.json", recipe_values(self.recipe))
+            (part / "README.md").write_text(model_card(self.recipe, recipe_values(self.recipe), student.config.model_type, found), encoding="utf-8")
         say(f"student written to {target}")
 
     def _write_model(self, model: Any, folder: Path) -> None:
@@ -396,11 +390,11 @@ class _Run:
             lora.write_adapter(adapted, adapter, self.recipe.student)
         return adapted.merge_and_unload().to(torch.bfloat16)
 
-    def _report(self) -> None:
-        reached = [row["validation_accuracy"] for row in read_run(self.out) if row["kind"] == "evaluation"]
-        change = f"Validation accuracy went from {reached[0]:.3f} to {reached[-1]:.3f}; the highest was {max(reached):.3f}."
-        kept = f"The student holds the {self.recipe.train.keep} weights."
-        write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], [change, kept], [])
+    def _report(self, found: Measured) -> None:
+        change = f"Validation accuracy went from {found.before} to {found.after}, by {found.change} question by question."
+        said = [change, f"The student holds the {self.recipe.train.keep} weights, after {found.updates:,} updates."]
+        said += [f"{len(self.skipped):,} questions could not be used and were skipped: {counted(self.skipped)} ({SKIPPED})."] if self.skipped else []
+        write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], said, [])
 
     def close(self) -> None:
         """End what watches the run."""
@@ -472,6 +466,10 @@ def _chunks(share: Share, bounds: range, name: str) -> Iterator[tuple[str, list[
 
 def _missing(files: Iterable[Path]) -> list[Path]:
     return ranks.agreed([path for path in files if not path.exists()])
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def _truth(sample: Sample, encoder: Encoder) -> Response:

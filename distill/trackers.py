@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,7 @@ RANKED = {"right_outranks_total": "rewards/right_outranks_wrong/total", "right_o
 KINDS = ("table", "step", "evaluation")
 TABLE = KINDS[0]
 AXIS = "updates"
+LATEST = 50  # updates that the status line speaks of
 NOT_FIGURES = {"kind", "step", "stage", "pairs", "questions"}
 
 
@@ -79,6 +81,7 @@ class RunLog:
     def __init__(self, recipe: Recipe, first: int) -> None:
         self.recipe, path = recipe, recipe.out / "metrics.jsonl"
         self.trackers: dict[str, Tracker] = {}
+        self.latest: deque[Mapping[str, Any]] = deque(maxlen=LATEST)
         if not ranks.is_main():
             return
         start = _start(recipe.out, path, first)
@@ -92,8 +95,18 @@ class RunLog:
         if not ranks.is_main():
             return
         self.metrics.write(row)
+        self.latest += [row] if row["kind"] == "step" else []
         for name, tracker in list(self.trackers.items()):
             self._try(name, partial(tracker.figures, row["step"] + 1, row["kind"], figures(row)))
+
+    def status(self) -> str:
+        """The latest updates in a few words: the mean loss, and how often a right answer got a higher reward than a wrong one."""
+        if not self.latest:
+            return ""
+        pairs = sum(row["pairs"] for row in self.latest)
+        ranked = {key: sum(row[key] for row in self.latest) / pairs for key in RANKED if pairs}
+        shares = ", ".join(f"{key.removeprefix('right_outranks_')} {share:.0%}" for key, share in ranked.items())
+        return f"loss {sum(row['loss'] for row in self.latest) / len(self.latest):.4g}" + (f", right above wrong: {shares}" if shares else "")
 
     def table(self, step: int, title: str, rows: Sequence[Cell]) -> None:
         """A table of answers as they are after the update `step`."""

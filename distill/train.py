@@ -125,6 +125,15 @@ class Trainer:
         row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": figures.pop("loss"), "loss_distill": figures.pop("loss_distill")}
         return row | norms | figures | {"seconds": time.monotonic() - started, "questions": len(chosen)}
 
+    @torch.no_grad()
+    def assess(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]], teacher: Any | None) -> tuple[RowStats, Shaped]:
+        """Divergences, rewards and advantages of the responses to these questions, as the student is now; nothing is learned from them."""
+        self.student.eval()
+        with self.autocast():
+            stats = self._stats(self._pack(samples, groups), teacher)
+        asked = RowStats(*(values[: sum(map(len, groups))] for values in stats))
+        return asked, shape_rewards(groups, asked, self.recipe.objective)
+
     def autocast(self) -> torch.autocast:
         """Computing in the recipe's type with float32 weights: an update of 1e-6 would be lost in a bfloat16 weight."""
         return torch.autocast(ranks.device().type, torch.bfloat16, enabled=self.recipe.train.dtype == "bfloat16")

@@ -70,6 +70,7 @@ def _rows(steps: int, seed: int = 0, masked: bool = True) -> list[dict]:
         row |= {"loss_distill": float(rng.random() / 20), "grad_norm": float(rng.lognormal()), "kl": 0.001 * step * masked, "entropy": float(rng.random())}
         row |= {"reward_accuracy": float(rng.random()), "reward_distillation": float(rng.random()) * masked, "pairs": pairs, "seconds": 0.5, "questions": 4}
         row |= {"right_outranks_distillation": pairs // 2 * masked, "right_outranks_total": pairs * 3 // 4 * masked}
+        row |= {"divergence": float(rng.random()), "zero_spread": float(rng.random()), "response_tokens": 3 + float(rng.random())}
         if step % 20 == 0:
             row |= {"grad_norm_distill": float(rng.lognormal() / 10), "grad_norm_policy": float(rng.lognormal())}
         rows.append(row)
@@ -152,9 +153,8 @@ def test_headings_go_down_one_level_at_a_time_and_tables_have_headers(four: Page
 
 def test_every_metric_has_a_chart_for_every_run_that_has_it(four: Page) -> None:
     names = [name for name in four.attributes("svg", "aria-label") if ", " in name]
-    everywhere = [
-        f"{metric.title}, {run}" for metric in METRICS if metric.key in ("loss", "rewards", "norms", "entropy") for run in ("sft", "kd", "paper", "default")
-    ]
+    common = ("loss", "rewards", "norms", "entropy", "divergence", "spread", "length")
+    everywhere = [f"{metric.title}, {run}" for metric in METRICS if metric.key in common for run in ("sft", "kd", "paper", "default")]
     masked = [f"{metric.title}, {run}" for metric in METRICS if metric.key in ("outranks", "mask", "kl") for run in ("paper", "default")]
     assert sorted(names) == sorted(everywhere + masked)
     assert four.texts("p", class_="note").count("not part of this run") == 6
@@ -177,8 +177,10 @@ def test_charts_say_their_numbers(four: Page) -> None:
 
 
 def test_the_overview_table_sums_the_rows(four: Page) -> None:
-    cells = four.texts("td", class_="number")[-6:]
-    assert cells == ["500", "2,000", "4 min", "0.710", "0.750", "0.750"]
+    cells = four.texts("td", class_="number")[-8:]
+    steps = [row for row in _rows(500, 3) if row["kind"] == "step"]
+    ranked = [sum(row[f"right_outranks_{name}"] for row in steps) / sum(row["pairs"] for row in steps) for name in ("distillation", "total")]
+    assert cells == ["500", "2,000", "4 min", "0.710", "0.750", "0.750", *(f"{share:.0%}" for share in ranked)]
 
 
 def test_answers_are_marked_by_words_as_well_as_by_colour(four: Page) -> None:

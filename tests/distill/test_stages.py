@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from masters.distill import stages
+from masters.distill import stages, validation
 from masters.distill.judge import Verdict
 from masters.distill.masked_teacher import MaskedTeacher
 from masters.distill.recipe import PRESETS, Recipe, build_recipe
@@ -79,7 +80,7 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     found = {path.name for path in out.iterdir()} - {".lock"}
     assert found == {
         *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses"),
-        *("metrics.jsonl", "trackers.json", "tensorboard", "checkpoints", "report.html", "student"),
+        *("metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints", "report.html", "student"),
     }
     samples = read_samples(recipe.data.train, 12)
     expected = {"teacher": recipe.answers.teacher, "student": recipe.answers.student}
@@ -118,6 +119,9 @@ def test_the_run_folder_says_what_was_done(raw: dict[str, Any]):
     assert written["objective"]["distillation_reward"] == "jsd_minmax"
     assert written["train"]["learning_rate"] == 1e-3
     assert len(written["fingerprints"]["student"]) == 64
+    card: Any = ModelCard.load(out / "student" / "README.md").data
+    assert (card.base_model, card.pipeline_tag) == (written["student"].rpartition("/")[2], "image-text-to-text")
+    assert card.eval_results[0].metric_value == pytest.approx(rows_of(out, "evaluation")[-1]["validation_accuracy"], abs=1e-4)
     plan = json.loads((out / "plan.json").read_text())
     assert [(s["ratio"], s["questions"], s["steps"]) for s in plan["stages"]] == [(0.2, 6, 2), (0.0, 6, 2)]
     assert (plan["steps"], plan["validation"]) == (4, 8)
@@ -175,7 +179,7 @@ def test_two_teachers_share_the_questions_and_the_student_answers_anew(raw: dict
 def test_keeping_the_best_weights_instead_of_the_last(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     # Validation says that the first stage's student was the best, and the last no better.
     reached = iter([0.1, 0.9, 0.9])
-    monkeypatch.setattr(stages, "scores", lambda samples, answers: [next(reached)] * len(samples))
+    monkeypatch.setattr(validation, "scores", lambda samples, answers: [next(reached)] * len(samples))
     out = distill(recipe_of(raw, preset="sft", mask={"enabled": True, "step": 0.2}, train__keep="best"))
     assert [row["validation_accuracy"] for row in rows_of(out, "evaluation")] == pytest.approx([0.1, 0.9, 0.9])
     student = AutoModelForImageTextToText.from_pretrained(out / "student", dtype="auto").state_dict()
@@ -198,7 +202,7 @@ def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
         "check": {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-cost.json"},
         "mask": {"mask-0.json", "mask-trial-0", "mask-trial-0.json"},
         "answers": {"responses"},
-        "train": {"metrics.jsonl", "trackers.json", "tensorboard", "checkpoints"},
+        "train": {"metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints"},
         "student": {"report.html", "student"},
     }
     found: set[str] = {".lock"}

@@ -161,6 +161,17 @@ def test_figures_have_grouped_names_and_shares_of_pairs():
     assert not any("outranks" in name for name in figures(row | {"pairs": 0})), "of no pairs there is no share"
 
 
+def test_the_status_line_tells_how_often_right_outranks_wrong(tmp_path: Path):
+    log = RunLog(recipe_of(tmp_path), 0)
+    assert log.status() == ""
+    log.write({"kind": "step", "step": 0, "loss": 1.0, "pairs": 0, "right_outranks_total": 0, "right_outranks_distillation": 0})
+    assert log.status() == "loss 1", "of no pairs there is no share"
+    log.write({"kind": "evaluation", "step": 0, "validation_accuracy": 0.5})
+    for step in range(1, 51):
+        log.write({"kind": "step", "step": step, "loss": 0.5, "pairs": 8, "right_outranks_total": 6, "right_outranks_distillation": 2})
+    assert log.status() == "loss 0.5, right above wrong: total 75%, distillation 25%", "of the latest fifty"
+
+
 def test_a_tracker_that_fails_ends_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "tensorboard").write_text("a file is in the way")
     log = RunLog(recipe_of(tmp_path, "tensorboard"), 0)
