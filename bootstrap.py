@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,25 @@ def crossed_interval(scores: np.ndarray, level: float = 0.95, seed: int = 0) -> 
         means.append(np.take_along_axis(times_run @ values, drawn, axis=1).mean(axis=1) / runs)
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), questions, level)
+
+
+def sums_interval(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], level: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of a `statistic` of sums over questions, such as a correlation: `sums` [questions, ...] are each question's own, and questions are resampled.
+
+    `statistic` takes sums [..., of one question's shape] and returns one number for each; draws in which it is not defined (NaN) are left out.
+    """
+    questions = len(sums)
+    if questions == 0:
+        raise ValueError("an interval needs at least one question")
+    rng, flat = np.random.default_rng(seed), sums.reshape(questions, -1)
+    drawn = []
+    for n in _chunks(questions):
+        times = rng.multinomial(questions, np.full(questions, 1 / questions), size=n)
+        drawn.append(statistic((times @ flat).reshape(n, *sums.shape[1:])))
+    values = np.concatenate(drawn)
+    values, whole = values[np.isfinite(values)], float(statistic(sums.sum(0)))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if values.size else (whole, whole)
+    return Interval(whole, float(low), float(high), questions, level)
 
 
 def median_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0) -> Interval:

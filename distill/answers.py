@@ -15,7 +15,6 @@ from . import ranks
 from .buffer import Shelf, question_key
 from .generate import Generated, Sampling, batches_by_length, failed, generate_own
 from .inputs import CollatePixels, Encoder
-from .judge import NAME as JUDGE
 from .judge import Verdict
 from .prefetch import process_count, read_prompts
 from .responses import Response
@@ -140,7 +139,7 @@ def _rows(asking: Asking, source: Source, sample: Sample, answers: Sequence[Gene
     for place, answer in enumerate(answers):
         gone = answer.finish == "failed"
         verdict = none if gone else verdicts[answer.text]
-        judge, reason = ("", answer.reason) if gone else (JUDGE, verdict.reason)
+        judge, reason = ("", answer.reason) if gone else (verdict.judge, verdict.reason)
         who = (sample.id, source.kind, source.model, source.ratio, asking.seed)
         rows.append(Response(*who, answer.text, answer.ids, answer.finish, verdict.value, judge, reason, f"{key}/{place}"))
     return rows

@@ -68,7 +68,7 @@ def answers_values(recipe: Recipe) -> dict[str, Any]:
     values = lasting(recipe_values(recipe))
     # A student that answers after it has been trained is one that this recipe has made.
     trained = len(recipe.teachers) > 1 or recipe.answers.refresh == "stage"
-    keys = ("answers", "mask", "longest", "seed") + (("objective", "train", "preset") if trained else ())
+    keys = ("answers", "judge", "mask", "longest", "seed") + (("objective", "train", "preset") if trained else ())
     kept = {key: values[key] for key in keys} | {"dtype": recipe.train.dtype}
     return kept | {"limit": recipe.data.limit, "r_max": [t.r_max for t in recipe.teachers], "fingerprints": fingerprints(recipe)}
 
@@ -89,6 +89,8 @@ def digest(values: Mapping[str, Any]) -> str:
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """Hashes of the models' and the questions' files, and of which questions are skipped: an image that comes later changes what is asked when."""
     folders = {"student": recipe.student} | {f"teacher {i}": teacher.model for i, teacher in enumerate(recipe.teachers)}
+    if recipe.judge.kind == "model" and recipe.judge.model:
+        folders["judge"] = recipe.judge.model
     found = {name: _hash(folder, _state(folder)) for name, folder in folders.items() if folder.is_dir()}
     files = {"train": recipe.data.train, "tokenizer": recipe.student / "tokenizer.json"}
     found |= {name: _hash(path, _state(path)) for name, path in files.items() if path.is_file()}
@@ -115,8 +117,10 @@ def claim_file(path: Path, values: dict[str, Any], what: str) -> None:
 
 def lasting(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's plain values less those that change neither answers nor weights."""
-    answers = values.get("answers")
+    answers, judge = values.get("answers"), values.get("judge")
     kept = {"answers": {key: value for key, value in answers.items() if key not in PASSING}} if isinstance(answers, dict) else {}
+    if isinstance(judge, dict):  # whose weights it has stands among the fingerprints
+        kept["judge"] = {"kind": judge["kind"], "max_tokens": judge["max_tokens"], "endpoint": {"model": judge["endpoint"]["model"]}}
     return {key: value for key, value in {**values, **kept}.items() if key not in WATCHED}
 
 

@@ -28,7 +28,7 @@ from ..progress import say
 from ..samples import Sample
 from .generate import Generated, Sampling, failed
 from .inputs import Encoder
-from .sampled import read_choices
+from .sampled import read_choices, read_texts
 
 # What only some servers know. One that refuses such a field gets the next request without it: the fields that decide how is sampled are never left out.
 OPTIONAL = ("return_token_ids", "logprobs", "top_logprobs", "logit_bias", "cache_salt", "repeat_penalty", "repeat_last_n", "samplers", "min_p")
@@ -74,9 +74,10 @@ class _Passing(MastersError):
         self.wait = wait
 
 
-def ask(endpoint: Endpoint, encoder: Encoder, samples: Sequence[Sample], draw: Draw) -> Iterator[tuple[Sample, list[Generated]]]:
+def ask(endpoint: Endpoint, encoder: Encoder | None, samples: Sequence[Sample], draw: Draw) -> Iterator[tuple[Sample, list[Generated]]]:
     """Every sample with its `draw.count` answers, in the order in which the server finishes them.
 
+    With an `encoder` an answer comes with its tokens; without one, as from a judge, its text alone counts.
     What went wrong with one question is told by the `reason` of its failed answers. Raises RunError where it concerns all of them: a refused key or
     model, a server that can't be reached, or GIVE_UP questions in a row that failed.
     """
@@ -108,7 +109,7 @@ async def _first_done(tasks: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
 class _Client:
     """One server, asked for one model's answers."""
 
-    def __init__(self, endpoint: Endpoint, encoder: Encoder, draw: Draw) -> None:
+    def __init__(self, endpoint: Endpoint, encoder: Encoder | None, draw: Draw) -> None:
         self.endpoint, self.encoder, self.draw = endpoint, encoder, draw
         key = os.environ.get(endpoint.key_variable, "") if endpoint.key_variable else ""
         limits = httpx2.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency)
@@ -134,6 +135,8 @@ class _Client:
         self._tell(sample, body)
 
     def _tell(self, sample: Sample, body: dict[str, Any]) -> None:
+        if self.encoder is None:
+            return
         usage = body.get("usage")
         read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         try:
@@ -170,7 +173,7 @@ class _Client:
             for attempt in range(self.endpoint.retries + 1):
                 try:
                     async with self.slots:
-                        return read_choices(await self._complete(request), count, sample, self.encoder)
+                        return self._read(await self._complete(request), count, sample)
                 except _Passing as error:
                     if attempt == self.endpoint.retries:
                         return [failed(f"{error}, {attempt + 1} times")] * count
@@ -180,6 +183,9 @@ class _Client:
         except (_Refused, ImageError) as error:
             return [failed(str(error))] * count
         raise AssertionError("unreachable")
+
+    def _read(self, body: dict[str, Any], count: int, sample: Sample) -> list[Generated]:
+        return read_texts(body, count) if self.encoder is None else read_choices(body, count, sample, self.encoder)
 
     async def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """The body of one answered request, without the optional fields that the server has refused."""
@@ -227,14 +233,16 @@ class _Client:
             "n": count,
             "seed": int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "little") >> 1,
             "stream": False,
-            **sampling_fields(self.draw.sampling, self.encoder.longest),
-            "logit_bias": {str(token): NEVER for token in self.encoder.image_tokens},
-            "return_token_ids": True,
-            "logprobs": True,
-            "top_logprobs": 1,
+            **sampling_fields(self.draw.sampling, self.encoder.longest if self.encoder else 0),
             "cache_salt": hashlib.sha256(self.draw.weights.encode()).hexdigest(),  # vLLM: other weights share no prefix
         }
-        return request if request["logit_bias"] else {name: value for name, value in request.items() if name != "logit_bias"}
+        return request | token_fields(self.encoder) if self.encoder else request
+
+
+def token_fields(encoder: Encoder) -> dict[str, Any]:
+    """What makes a server tell the tokens that it draws, and never draw an image's."""
+    told = {"return_token_ids": True, "logprobs": True, "top_logprobs": 1}
+    return told | ({"logit_bias": {str(token): NEVER for token in encoder.image_tokens}} if encoder.image_tokens else {})
 
 
 def sampling_fields(sampling: Sampling, longest: int) -> dict[str, Any]:

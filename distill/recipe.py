@@ -21,6 +21,7 @@ import yaml
 from ..errors import RecipeError
 from .endpoint import Endpoint
 from .generate import Sampling
+from .judge import Judge
 from .launch import Launch
 from .mask import SCOPES
 from .objective import DIVERGENCES
@@ -169,6 +170,7 @@ class Recipe:
     out: Path
     preset: str = "default"
     answers: Answers = field(default_factory=Answers)
+    judge: Judge = field(default_factory=Judge)
     mask: Mask = field(default_factory=Mask)
     mask_trial: MaskTrial = field(default_factory=MaskTrial)
     objective: Objective = field(default_factory=Objective)
@@ -203,6 +205,7 @@ _CHOICES = {
     "preset": tuple(PRESETS),
     "teacher_signal": ("live", "cached"),
     "answers.refresh": ("teacher", "stage"),
+    "judge.kind": ("rules", "model", "endpoint"),
     "mask.scope": SCOPES,
     "objective.divergence": DIVERGENCES,
     "objective.kl": ("k3", "full"),
@@ -226,6 +229,8 @@ _LEAST: dict[str, float] = {
 _LEAST |= dict.fromkeys(("train.samples", "answers.endpoint.concurrency", "answers.endpoint.timeout", "answers.vllm.start_timeout"), 1)
 _LEAST |= dict.fromkeys(("answers.endpoint.retries", "answers.endpoint.per_request", "answers.endpoint.pause", "answers.processes", "answers.max_failed"), 0)
 _LEAST |= {"machine.devices": 1, "machine.tflops": 0}
+_LEAST |= dict.fromkeys(("judge.batch", "judge.max_tokens", "judge.endpoint.concurrency", "judge.endpoint.timeout"), 1)
+_LEAST |= dict.fromkeys(("judge.max_unjudged", "judge.endpoint.retries", "judge.endpoint.pause"), 0)
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _POSITIVE: tuple[str, ...] = ("train.learning_rate", "train.clip", "lora.alpha", "answers.top_p", "answers.repetition_penalty", "mask.step")
 _POSITIVE += tuple(f"machine.{key}" for key in ("memory_gb", "tokens_per_second", "answer_tokens_per_second", "mfu", "answer_mfu", "answer_tokens"))
@@ -367,6 +372,8 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError("the engine 'endpoint' has no server; expected its address and a model in answers.endpoint.url and answers.endpoint.model")
     if answers.student_engine == "endpoint" and answers.student and (len(recipe.teachers) > 1 or answers.refresh == "stage"):
         raise RecipeError("the student answers again after it was trained in this run, and no endpoint has it then; set answers.student_engine")
+    if recipe.judge.kind == "endpoint" and not (recipe.judge.endpoint.url and recipe.judge.endpoint.model):
+        raise RecipeError("the judge 'endpoint' has no server; expected its address and a model in judge.endpoint.url and judge.endpoint.model")
     if recipe.lora and recipe.lora.dropout >= 1:
         raise RecipeError(f"'lora.dropout' is {recipe.lora.dropout}; expected less than 1, the share of an adapter's inputs to leave out")
     if wrong := [ratio for ratio in recipe.mask_trial.ratios if not 0 <= ratio < 1]:

@@ -38,14 +38,21 @@ def distillation_reward(kind: str, divergence: Tensor, teacher_logprob: Tensor, 
     return torch.zeros_like(divergence)
 
 
-def total_reward(accuracy: Tensor, distillation: Tensor, use_accuracy: bool, reward_wrong: bool) -> Tensor:
+def total_reward(accuracy: Tensor, distillation: Tensor, use_accuracy: bool, reward_wrong: bool, counts: Tensor | None = None) -> Tensor:
     """R = R_acc + R_distill, both [J]; without `reward_wrong` a response judged wrong gets no R_distill.
 
-    A verdict that is missing (NaN) counts as neither: the response keeps R_distill alone.
+    A response without a verdict (NaN) takes no part in R_acc: it stands at the mean of the group's verdicts, each `counts` times, and so is neither
+    raised nor lowered by it; R_distill it keeps. In a group without any verdict R_acc is 0.
     """
-    known = accuracy.nan_to_num(0.0)
-    shaped = distillation if reward_wrong else distillation * torch.where(accuracy.isnan(), 1.0, (known > 0.5).to(distillation.dtype))
+    known = accuracy.nan_to_num(group_accuracy(accuracy, torch.ones_like(accuracy) if counts is None else counts))
+    shaped = distillation if reward_wrong else distillation * torch.where(accuracy.isnan(), 1.0, (accuracy > 0.5).to(distillation.dtype))
     return shaped + known if use_accuracy else shaped
+
+
+def group_accuracy(accuracy: Tensor, counts: Tensor) -> float:
+    """The mean of a group's verdicts [J] that are there; 0 where none is."""
+    weights = counts * ~accuracy.isnan()
+    return float((weights * accuracy.nan_to_num(0.0)).sum() / weights.sum().clamp(min=1.0))
 
 
 def advantages(rewards: Tensor, counts: Tensor, which: str = "all") -> Tensor:

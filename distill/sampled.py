@@ -45,6 +45,22 @@ def _choice(choice: Any, drawn: Any, sample: Sample, encoder: Encoder) -> Genera
     return Generated(encoder.text(ids), tuple(ids), finish, told=told is not None)
 
 
+def read_texts(body: dict[str, Any], count: int) -> list[Generated]:
+    """`read_choices` where the text alone is wanted, and no tokens."""
+    choices = body.get("choices")
+    found = [_text(choice) for choice in choices[:count]] if isinstance(choices, list) else []
+    return found + [failed(f"the server sent {len(found)} of {count} answers")] * (count - len(found))
+
+
+def _text(choice: Any) -> Generated:
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, str):
+        return failed("a choice has no text")
+    finish = choice.get("finish_reason")
+    return Generated(content, (), finish, told=False) if finish in FINISHES else failed(f"the answer ended by {str(finish)[:40]!r}, expected stop or length")
+
+
 def told_ids(choice: dict[str, Any]) -> list[int] | None:
     """The ids that a server tells: vLLM's token_ids, or those beside llama.cpp's log-probabilities, or vLLM's 'token_id:N' in place of their texts."""
     ids = choice.get("token_ids")

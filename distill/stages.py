@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample, read_samples
 from . import lora, models, ranks
+from .agreement import Judged, judged, write_agreement
 from .answers import Asking, Source, collect
 from .buffer import check_failures, image_digests
 from .card import model_card
@@ -37,6 +39,7 @@ from .examples import evenly, show
 from .families import SUPPORTED, family_of, shares_prompts
 from .inputs import Encoder
 from .judge import judge
+from .judges import at_once, judge_shelves, open_judge
 from .mask import TensorMask, keep_masks
 from .mask_cost import write_costs
 from .mask_trial import judge_trial, measure, trial_questions
@@ -141,6 +144,7 @@ class _Run:
         self.buffer = recipe.buffer or recipe.out / "responses"
         self.dtype = getattr(torch, recipe.train.dtype)
         self.trainer: Trainer | None = None
+        self.judged: list[Judged] = []
         for teacher in recipe.teachers:
             models.check_prompts(teacher.model, self.encoder, self.shares[0].samples[:TEXTS_COMPARED])
         self.log: RunLog | None = None
@@ -213,7 +217,10 @@ class _Run:
         if wanted.teacher or wanted.student:
             images = ranks.agreed(image_digests(asked) if ranks.is_main() else {})
             with self._alone():
-                rows = [*self._teacher_answers(share, masks, stages, images), *self._student_answers(share, stages, images)]
+                given = self._teacher_answers(share, masks, stages, images) | self._student_answers(share, stages, images)
+                rows = [row for shelf in self._judge(share, masks, stages, given).values() for row in shelf]
+            self.judged += judged(rows, asked)
+            ranks.once(write_agreement, self.out / "judge.json", self.judged, self.recipe.judge.kind)
         if wanted.truth:
             rows += [_truth(sample, self.encoder) for sample in asked for _ in range(wanted.truth)]
         groups: dict[str, list[Response]] = defaultdict(list)
@@ -221,16 +228,25 @@ class _Run:
             groups[row.sample].append(row)
         return {sample: distinct(group) for sample, group in groups.items()}
 
-    def _teacher_answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], images: Mapping[str, str]) -> list[Response]:
-        sources, rows = teacher_sources(share, self.recipe.answers.teacher), list[Response]()
+    def _judge(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], given: dict[str, list[Response]]) -> dict[str, list[Response]]:
+        """The rows of each shelf with their verdicts; what the judge could not tell before is asked again until updates were made without it."""
+        if self.recipe.judge.kind == "rules" or self._done() > self._first_step(share, stages):
+            return given
+        opened = partial(open_judge, self.recipe, share.teacher.model, lambda: self._teacher(share, masks).model)
+        return judge_shelves(given, share.asked(stages), self.recipe, f"teacher {share.number}", self.buffer, opened)
+
+    def _teacher_answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], images: Mapping[str, str]) -> dict[str, list[Response]]:
+        sources, rows = teacher_sources(share, self.recipe.answers.teacher), dict[str, list[Response]]()
         teacher = cache(partial(self._teacher, share, masks))  # loaded if any stage lacks answers
         for stage in stages if self.recipe.answers.teacher else ():
             weights = Weights(partial(masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
-            rows += self._collect(self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages))
-        check_failures(rows, self.recipe.answers.max_failed, share.teacher.model.name)
+            rows[sources[stage].shelf] = self._collect(
+                self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages)
+            )
+        check_failures(chain(*rows.values()), self.recipe.answers.max_failed, share.teacher.model.name)
         return rows
 
-    def _student_answers(self, share: Share, stages: Sequence[int], images: Mapping[str, str]) -> list[Response]:
+    def _student_answers(self, share: Share, stages: Sequence[int], images: Mapping[str, str]) -> dict[str, list[Response]]:
         wanted = self.recipe.answers
         suffix = "" if len(stages) == len(share.ratios) else f"-stage{stages[0]}"
         source = Source(f"student{share.number}{suffix}", "student", share.number, self.recipe.student.name, 0.0, wanted.student)
@@ -238,13 +254,13 @@ class _Run:
         asked = share.asked(stages) if wanted.student else []
         rows = self._collect(wanted.student_engine, source, asked, images, weights, self._settled(share, stages)) if asked else []
         check_failures(rows, wanted.max_failed, "the student")
-        return rows
+        return {source.shelf: rows} if rows else {}
 
     def _collect(
         self, engine: str, source: Source, samples: Sequence[Sample], images: Mapping[str, str], weights: Weights, settled: Callable[[], bool]
     ) -> list[Response]:
         wanted = self.recipe.answers
-        asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge)
+        asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge if self.recipe.judge.kind == "rules" else at_once)
         opened = partial(open_engine, engine, wanted, source, asking, self.encoder, self.family.collate_pixels, weights, self.out / "serving")
         return collect(asking, source, samples, images, opened, settled, together=engine == "transformers")
 

@@ -41,6 +41,7 @@ NAMES = {
     "response_tokens": "responses/tokens",
     "reward_accuracy": "rewards/accuracy",
     "reward_distillation": "rewards/distillation",
+    "unjudged": "rewards/unjudged",
     "zero_spread": "rewards/zero_spread_groups",
     "ratio": "teacher/mask_ratio",
     "seconds": "speed/seconds_per_step",

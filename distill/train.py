@@ -262,7 +262,7 @@ def shape_rewards(groups: Sequence[Sequence[DistinctResponse]], stats: RowStats,
         d = rewards.distillation_reward(
             objective.distillation_reward, stats.divergence[rows].detach(), stats.teacher_logprob[rows].detach(), objective.least_spread
         )
-        r = rewards.total_reward(verdicts[rows], d, objective.accuracy_reward, objective.reward_wrong)
+        r = rewards.total_reward(verdicts[rows], d, objective.accuracy_reward, objective.reward_wrong, counts[rows])
         distillation[rows], total[rows] = d, r
         advantage[rows] = rewards.advantages(r, counts[rows], objective.advantages)
         weights[rows] = counts[rows] / counts[rows].sum() / questions
@@ -306,6 +306,7 @@ def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[Distinc
         "entropy": float((shaped.weights * stats.entropy).sum()),
         "reward_accuracy": float((shaped.weights * shaped.accuracy.nan_to_num(0.0)).sum()),
         "reward_distillation": float((shaped.weights * shaped.distillation).sum()),
+        "unjudged": float((shaped.weights * shaped.accuracy.isnan()).sum()),
         "zero_spread": shaped.zero_spread,
         "response_tokens": float(sum(len(r.ids) * r.count for g in groups for r in g)),
         "responses": float(sum(r.count for g in groups for r in g)),
@@ -321,6 +322,7 @@ def _figures(sums: Mapping[str, float]) -> dict[str, float]:
     names = sorted(sums)
     found = dict(zip(names, ranks.total(torch.tensor([sums[name] for name in names], dtype=torch.float64)).tolist(), strict=True))
     found["response_tokens"] /= max(1.0, found.pop("responses"))
+    found["reward_accuracy"] /= max(1e-6, 1 - found["unjudged"])  # the mean over those that were judged
     return found
 
 

@@ -94,10 +94,21 @@ def test_a_spread_of_rounding_errors_is_not_blown_up():
 
 def test_a_missing_verdict_is_neither_right_nor_wrong():
     verdicts, part = torch.tensor([1.0, 0.0, NAN]), torch.tensor([0.5, 0.6, 0.7])
-    assert total_reward(verdicts, part, True, True).tolist() == pytest.approx([1.5, 0.6, 0.7])
-    assert total_reward(verdicts, part, True, False).tolist() == pytest.approx([1.5, 0.0, 0.7])
+    assert total_reward(verdicts, part, True, True).tolist() == pytest.approx([1.5, 0.6, 1.2]), "at the mean of the others' verdicts"
+    assert total_reward(verdicts, part, True, False).tolist() == pytest.approx([1.5, 0.0, 1.2])
+    assert total_reward(torch.full((3,), NAN), part, True, True).tolist() == pytest.approx([0.5, 0.6, 0.7])
     assert total_reward(verdicts, part, False, True).tolist() == pytest.approx([0.5, 0.6, 0.7])
     assert total_reward(verdicts, part, False, False).tolist() == pytest.approx([0.5, 0.0, 0.7])
+
+
+@pytest.mark.parametrize("counts", [[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 2.0, 1.0]])
+def test_a_response_without_a_verdict_is_neither_raised_nor_lowered_by_the_others(counts: list[float]):
+    verdicts, times = torch.tensor([1.0, 0.0, 0.0, NAN]), torch.tensor(counts)
+    found = advantages(total_reward(verdicts, torch.zeros(4), True, True, times), times)
+    assert float(found[3]) == pytest.approx(0.0, abs=1e-6)
+    assert found[0] > 0 > found[1]
+    alone = advantages(total_reward(verdicts[:3], torch.zeros(3), True, True, times[:3]), times[:3])
+    assert torch.equal(found[:3].sign(), alone.sign())
 
 
 def test_advantages_of_equal_rewards_vanish():
