@@ -25,7 +25,7 @@ from .responses import Response
 READ = 50  # disagreements to read
 LEAST = 30  # answers with both verdicts from which a judge is accused of anything
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)  # words; the bounds of the bins
-BIAS = 0.1  # partial correlation with length
+BIAS = 0.05  # partial correlation with length that an interval must wholly exceed
 SAYS_ANYWAY = 0.9  # share of one verdict, whatever the rules say
 AGREES = 0.4  # kappa; below it, agreement is fair at best (Landis & Koch 1977)
 NULLS = 0.05
@@ -182,7 +182,7 @@ def flags(found: dict[str, Interval | None], nulls: float, count: int) -> list[F
         flagged.append(Flag("says yes", f"of answers that the rules call wrong, {wrong} are called right", f"its verdict tells nothing: {read}"))
     if right and right.high <= 1 - SAYS_ANYWAY:
         flagged.append(Flag("says no", f"of answers that the rules call right, {right} are called right", f"its verdict tells nothing: {read}"))
-    if length and length.excludes_zero() and abs(length.mean) >= BIAS:
+    if length and (length.low >= BIAS or length.high <= -BIAS):
         kind, figure = "likes long answers" if length.mean > 0 else "likes short answers", f"partial correlation of verdict and length {length}"
         flagged.append(Flag(kind, figure, f"with the same verdict by the rules, length decides; unless longer answers say what the rules can't see, {read}"))
     if kappa and kappa.high < AGREES:

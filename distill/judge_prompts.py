@@ -15,7 +15,7 @@ from .generate import GREEDY, Generated, Sampling
 from .judge import Verdict
 
 VERSION = 1  # of both prompts: with another one, every verdict is asked for again
-PARSED = 8  # tokens that the second step may take
+PARSED = 32  # tokens that the second step may take
 KEPT = 600  # characters of an explanation that are kept as the reason
 
 EXPLAIN = """You check answers to questions about pictures. You can't see the picture: what is right is what the reference answer says.

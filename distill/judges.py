@@ -178,14 +178,14 @@ def judge_encoder(folder: Path, max_tokens: int) -> Encoder:
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST + max_tokens
     longest = max(1, min(LONGEST, context - max_tokens))
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return Encoder(models.load_processor(folder), longest, cache_bytes=0, positions=family_of(config.model_type).positions)
+        return JudgeEncoder(models.load_processor(folder), longest, cache_bytes=0, positions=family_of(config.model_type).positions)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"no tokenizer in {folder} ({str(error).splitlines()[0][:160]}); expected its files beside the weights") from None
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {folder} has no chat template or no end token; expected those of a chat model, which a judge must be")
-    return Encoder(TextProcessor(tokenizer), longest, cache_bytes=0)
+    return JudgeEncoder(TextProcessor(tokenizer), longest, cache_bytes=0)
 
 
 def load_judge(folder: Path, dtype: torch.dtype) -> Any:
@@ -199,6 +199,13 @@ def load_judge(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # safetensors, transformers and torch each raise their own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(f"the judge in {folder} can't be loaded ({reason}); expected a whole checkpoint of a chat model") from None
+
+
+class JudgeEncoder(Encoder):
+    """An encoder of prompts alone: what a judge says is read, and never continued or trained on, which some templates would not allow."""
+
+    def _text_before_answer(self) -> str:
+        return ""
 
 
 class TextProcessor:

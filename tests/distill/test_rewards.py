@@ -29,7 +29,9 @@ def plain_group(rows: list[dict[str, float]], kind: str, least: float, accuracy:
         parts.append(part)
         if not wrong and row["verdict"] == 0:
             part = 0.0
-        totals.append(part + (1.0 if accuracy and row["verdict"] == 1 else 0.0))
+        known = [r["verdict"] for r in rows if r["verdict"] is not None]
+        verdict = row["verdict"] if row["verdict"] is not None else statistics.fmean(known) if known else 0.0
+        totals.append(part + (verdict if accuracy else 0.0))
     mean = sum(totals) / len(totals)
     deviation = statistics.stdev(totals) if len(totals) > 1 else 0.0
     found = [(total - mean) / (deviation + 1e-4) if len(totals) > 1 else 0.0 for total in totals]

@@ -79,7 +79,7 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     assert out == recipe.out
     found = {path.name for path in out.iterdir()} - {".lock"}
     assert found == {
-        *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses"),
+        *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses", "judge.json"),
         *("metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints", "report.html", "student"),
     }
     samples = read_samples(recipe.data.train, 12)
