@@ -202,14 +202,14 @@ def test_a_full_disk_is_told_of(small_disk: Path):
 
 @pytest.fixture(scope="module")
 def yes_sayer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama, text only, trained to answer a first step by its tag and a second one by 1."""
+    """A tiny Llama, text only, trained to answer whatever it is asked by 1."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    turn, text = f"{tokenizer.eos_token}<|im_start|>assistant: ", f"<answer>1</answer>{tokenizer.eos_token}"
+    turn, text = f"{tokenizer.eos_token}<|im_start|>assistant: ", f"1{tokenizer.eos_token}"
     said = [i for part in (turn, text) for i in tokenizer(part, add_special_tokens=False).input_ids]  # as a prompt ends and a reply begins
     for step in range(60):
         prompt = torch.randint(len(tokenizer), (1 + 7 * step % 90,)).tolist()  # whatever was asked
@@ -264,7 +264,7 @@ def test_a_judge_that_always_says_yes_judges_a_run_and_is_accused(yes_sayer: Pat
     asked = [row for row in rows if row["judge"].startswith("model ")]
     assert len(rows) == 48
     assert len(asked) > 30
-    assert all(row["verdict"] == 1.0 and "<answer>1" in row["reason"] for row in asked)
+    assert all(row["verdict"] == 1.0 and row["reason"] == "1" for row in asked)
     found = json.loads((out / "judge.json").read_text())
     assert found["null_rate"] == 0
     assert "says yes" in [flag["name"] for flag in found["flags"]]
