@@ -220,7 +220,7 @@ class _Run:
                 given = self._teacher_answers(share, masks, stages, images) | self._student_answers(share, stages, images)
                 rows = [row for shelf in self._judge(share, masks, stages, given).values() for row in shelf]
             self.judged += judged(rows, asked)
-            ranks.once(write_agreement, self.out / "judge.json", self.judged, self.recipe.judge.kind)
+        ranks.once(write_agreement, self.out / "judge.json", self.judged, self.recipe.judge.kind)
         if wanted.truth:
             rows += [_truth(sample, self.encoder) for sample in asked for _ in range(wanted.truth)]
         groups: dict[str, list[Response]] = defaultdict(list)

@@ -258,19 +258,6 @@ def steps_in(out: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
 
 
-def test_a_judge_that_always_says_yes_judges_a_run_and_is_accused(yes_sayer: Path, raw: dict[str, Any]):
-    out = distill(build_recipe(raw | {"judge": {"kind": "model", "model": str(yes_sayer), "max_tokens": 32}}))
-    rows = rows_in(out)
-    asked = [row for row in rows if row["judge"].startswith("model ")]
-    assert len(rows) == 48
-    assert len(asked) > 30
-    assert all(row["verdict"] == 1.0 and row["reason"] == "1" for row in asked)
-    found = json.loads((out / "judge.json").read_text())
-    assert found["null_rate"] == 0
-    assert "says yes" in [flag["name"] for flag in found["flags"]]
-    assert all(row["unjudged"] == 0 and row["reward_accuracy"] > 0.8 for row in steps_in(out))
-
-
 def test_the_unmasked_teacher_judges_by_default_and_what_it_can_not_say_stays_open(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """The tiny teacher's context is too short for the prompts: no verdict, hence no reward by verdict, and asked again until updates were made."""
     values = raw | {"judge": {"kind": "model", "max_tokens": 8}}

@@ -201,7 +201,7 @@ def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
     expected = {
         "check": {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-cost.json"},
         "mask": {"mask-0.json", "mask-trial-0", "mask-trial-0.json"},
-        "answers": {"responses"},
+        "answers": {"responses", "judge.json"},
         "train": {"metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints"},
         "student": {"report.html", "student"},
     }
