@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -17,13 +18,15 @@ from ..files import whole_folder
 from .recipe import Lora
 
 
-def adapt(student: Any, lora: Lora, language: Sequence[str]) -> Any:
+def adapt(student: Any, lora: Lora, language: Sequence[str], seed: int) -> Any:
     """Put adapters on the student's linear layers, in place, and leave nothing else to train; returns peft's view of it.
 
     Without `lora.targets` they are all linear layers whose name contains one of `language`; otherwise those that one of these regular expressions is found in.
     """
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets(student, lora, language))
-    return peft.get_peft_model(student, config)
+    with torch.random.fork_rng():  # they begin alike in every process, and after every interruption
+        torch.manual_seed(seed)
+        return peft.get_peft_model(student, config)
 
 
 def targets(student: Any, lora: Lora, language: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Heads:
 
 
 class RowStats(NamedTuple):
-    """Means over each row's tokens, [J] float32; gradients flow through the student only. A tuple, so that torch's wrappers see its tensors."""
+    """Means over each row's tokens, [J] float32; gradients flow through the student only."""
 
     divergence: Tensor
     logprob: Tensor

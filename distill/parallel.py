@@ -1,4 +1,4 @@
-"""Where a model's weights are: whole in every process, whose gradients are averaged (DDP), or a share in each (FSDP2).
+"""Where a model's weights are: whole in every process, whose gradients are averaged (DDP), or a share in each (FSDP2, ZeRO-3).
 
 accelerate's configuration chooses; torch wraps, since accelerate prepares one model with one optimizer, and here frozen models are in shares too.
 Either wrapper acts around a module's forward alone, so everything that reads weights runs inside one, that of `Hooked`.
@@ -7,8 +7,10 @@ Either wrapper acts around a module's forward alone, so everything that reads we
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,8 +66,14 @@ class Hooked(nn.Module):
 
 
 def within(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(model, …)`, inside the model's hooks where it has any."""
-    return model(function, *args, **kwargs) if isinstance(model, Hooked) else function(model, *args, **kwargs)
+    """`function(model, …)` without gradients, inside the model's hooks where it has any."""
+    with torch.no_grad():
+        if not isinstance(model, Hooked):
+            return function(model, *args, **kwargs)
+        found = model(function, *args, **kwargs)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # no backward pass will: the optimizer's weights are the shares
+    return found
 
 
 def head_of(model: Any) -> Tensor:
@@ -74,16 +82,41 @@ def head_of(model: Any) -> Tensor:
     return found
 
 
-def sharding() -> FullyShardedDataParallelPlugin | None:
-    """accelerate's FSDP settings, if it was configured for FSDP. Raises RunError for FSDP's first version."""
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or ranks.count() == 1:
+@dataclass(frozen=True)
+class Sharding:
+    """Whether a trained layer's weights are given back between its forward and its backward, and whether shares wait in the CPU's memory."""
+
+    reshard: bool = True
+    offload: bool = False
+
+
+def sharding() -> Sharding | None:
+    """How weights are shared, if accelerate was configured to. Raises RunError for a configuration that is not followed here."""
+    if ranks.count() == 1:
+        return None
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return _zero(os.environ)
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise RunError(f"accelerate is configured for FSDP version {plugin.fsdp_version}; expected fsdp_version: 2, see examples/accelerate/fsdp2.yaml")
     if plugin.cpu_ram_efficient_loading:
-        raise RunError("accelerate is configured with fsdp_cpu_ram_efficient_loading; expected false, processes load one after the other here")
-    return plugin
+        raise RunError("accelerate is configured with fsdp_cpu_ram_efficient_loading: true; expected false, processes load one after the other here")
+    return Sharding(bool(plugin.reshard_after_forward), isinstance(plugin.cpu_offload, CPUOffloadPolicy))
+
+
+def _zero(settings: Mapping[str, str]) -> Sharding:
+    """ZeRO's third stage shares weights, gradients and optimizer, which is what FSDP2 does: DeepSpeed's launcher is used, its engine is not needed."""
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in settings:
+        raise RunError("accelerate is configured with a deepspeed_config_file; expected zero_stage: 3 in its own keys, see examples/accelerate/zero3.yaml")
+    stage = settings.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    places = {settings.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("PARAM", "OPTIMIZER")}
+    if stage != "3":
+        raise RunError(f"accelerate is configured for DeepSpeed's zero_stage {stage}; expected 3, or for whole weights examples/accelerate/ddp.yaml")
+    if not places <= {"none", "cpu"}:
+        raise RunError(f"accelerate is configured to offload to {', '.join(sorted(places))}; expected none or cpu, which takes weights and optimizer together")
+    return Sharding(offload="cpu" in places)
 
 
 @cache
@@ -97,15 +130,15 @@ def place(model: Any, dtype: torch.dtype, shard: bool) -> Hooked:
     hooked = Hooked(model)
     if not shard or ranks.count() == 1:
         return hooked.to(ranks.device())
-    plugin = sharding()
-    offload = CPUOffloadPolicy() if plugin and isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy()
+    settings = sharding() or Sharding()
+    offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
     # Autocast gives inputs their type where it matters; hidden states of a teacher must stay as they came.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     common: dict[str, Any] = {"mesh": mesh(), "mp_policy": precision, "offload_policy": offload}
     trained = any(parameter.requires_grad for parameter in model.parameters())
     # A frozen model's mask changes between two forwards: what stayed gathered would be stale.
     for block in blocks(model):
-        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward if plugin and trained else True, **common)
+        fully_shard(block, reshard_after_forward=settings.reshard or not trained, **common)
     # Embedding and head are one group, since they may be one tensor, and stay gathered from a trained model's forward to the end of its backward.
     fully_shard(hooked, reshard_after_forward=None if trained else True, **common)
     return hooked
@@ -122,7 +155,7 @@ def with_gradients(hooked: Hooked, all_used: bool) -> nn.Module:
     if ranks.count() == 1 or any(isinstance(parameter, DTensor) for parameter in hooked.parameters()):
         return hooked
     devices = [ranks.device()] if ranks.device().type != "cpu" else None
-    return DistributedDataParallel(hooked, device_ids=devices, broadcast_buffers=False, find_unused_parameters=not all_used)
+    return DistributedDataParallel(hooked, device_ids=devices, find_unused_parameters=not all_used)
 
 
 def unsynced(wrapped: nn.Module) -> AbstractContextManager[None]:

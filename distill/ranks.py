@@ -56,7 +56,7 @@ def is_main() -> bool:
 def wait() -> None:
     """Return when all processes have come here."""
     if count() > 1:
-        dist.barrier()
+        dist.barrier(device_ids=[device().index] if device().type == "cuda" else None)
 
 
 def agreed(value: Item) -> Item:

@@ -400,7 +400,7 @@ class _Run:
         if not self.recipe.lora:
             set_weights(student, weights)
             return student.to(torch.bfloat16)
-        adapted = lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
+        adapted = lora.adapt(student, self.recipe.lora, self.family.LANGUAGE, self.recipe.seed)
         set_weights(student, weights)
         if adapter:
             lora.write_adapter(adapted, adapter, self.recipe.student)
@@ -434,7 +434,7 @@ class _Run:
     def _load_student(self) -> Any:
         student = models.load_model(self.recipe.student, torch.float32)
         if self.recipe.lora:
-            lora.adapt(student, self.recipe.lora, self.family.LANGUAGE)
+            lora.adapt(student, self.recipe.lora, self.family.LANGUAGE, self.recipe.seed)
         elif self.recipe.train.freeze_vision:
             models.freeze_vision(student)
         return student

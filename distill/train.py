@@ -88,7 +88,9 @@ class Trainer:
             self.initial = place(copy.deepcopy(student).to(dtype).eval().requires_grad_(False), dtype, sharded)
         self.student = student
         if recipe.train.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # The older name, which earlier versions of transformers have alone, takes the same settings.
+            enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.hooked = place(student, dtype, sharded)
         self.wrapped = with_gradients(self.hooked, all_used=recipe.train.freeze_vision and student.config.model_type in SUPPORTED)
         self.trained = [p for p in student.parameters() if p.requires_grad]
@@ -111,11 +113,13 @@ class Trainer:
             _check_finite("loss", figures["loss"], step, chosen)
             gradients.append([p.grad for p in self.trained])
             if len(passes) > 1:
-                found = torch.nn.utils.get_total_norm([gradient for gradient in gradients[-1] if gradient is not None])
-                norms["grad_norm_distill" if part == "distill" else "grad_norm_policy"] = float(whole(found))
+                size = torch.nn.utils.get_total_norm([gradient for gradient in gradients[-1] if gradient is not None])
+                norms["grad_norm_distill" if part == "distill" else "grad_norm_policy"] = float(whole(size))
             self.optimizer.zero_grad(set_to_none=True)
         for parameter, *parts in zip(self.trained, *gradients, strict=True):
-            parameter.grad = _sum([gradient for gradient in parts if gradient is not None])
+            # What no question of a step reached has a gradient of 0, which is not none: the optimizer's momentum goes on.
+            found = [gradient for gradient in parts if gradient is not None]
+            parameter.grad = _sum(found) if found else torch.zeros_like(parameter)
         del gradients
         norms["grad_norm"] = float(whole(torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.train.clip)))
         _check_finite("gradient's norm", norms["grad_norm"], step, chosen)
@@ -177,8 +181,7 @@ class Trainer:
         with torch.no_grad():
             theirs = (None, None) if teacher is None else teacher_states(teacher, batch)
             initial = self._initial_states(batch)
-        found: RowStats = self.wrapped(_student_stats, batch, theirs, initial, self.recipe.objective)
-        return found
+        return RowStats(*self.wrapped(_student_stats, batch, theirs, initial, self.recipe.objective).unbind(0))
 
     def _initial_states(self, batch: PackedBatch) -> Pair:
         if not self.recipe.objective.beta:
@@ -212,13 +215,13 @@ class Trainer:
         write_checkpoint(self.folder / "best.pt", {"student": trained_weights(self.student)})
 
 
-def _student_stats(model: Any, batch: PackedBatch, teacher: Pair, initial: Pair, objective: Objective) -> RowStats:
-    """What the student's forward computes as a whole, inside its hooks: its output matrix is gathered once for all chunks."""
+def _student_stats(model: Any, batch: PackedBatch, teacher: Pair, initial: Pair, objective: Objective) -> Tensor:
+    """What the student's forward computes as a whole, inside its hooks: its output matrix is gathered once for all chunks. The fields of RowStats [6, J]."""
     head = model.get_output_embeddings().weight
     if initial[0] is not None and initial[1] is None:  # a student with adapters: its output matrix is as it was
         initial = initial[0], head
     heads = Heads(response_states(model, batch), head, *teacher, *initial)
-    return row_stats(heads, batch.tokens, batch.rows, batch.count, objective.divergence, objective.kl)
+    return torch.stack(row_stats(heads, batch.tokens, batch.rows, batch.count, objective.divergence, objective.kl))
 
 
 def _seed(*key: int) -> int:
@@ -230,8 +233,8 @@ def has_both_parts(objective: Objective) -> bool:
     return objective.distill > 0 and max(objective.policy, objective.beta, objective.nll) > 0
 
 
-def _sum(gradients: Sequence[Tensor]) -> Tensor | None:
-    return None if not gradients else gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
+    return gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
 
 
 @dataclass(frozen=True)

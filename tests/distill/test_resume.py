@@ -27,7 +27,15 @@ def recipe_of(models: Any, questions: Path, out: Path) -> dict[str, Any]:
         "data": {"train": str(questions / "train.jsonl"), "validation": str(questions / "validation.jsonl")},
         "answers": {"teacher": 2, "student": 2, "batch": 3, "max_tokens": 4},
         "mask": {"step": 0.3},
-        "train": {"dtype": "float32", "learning_rate": 1e-3, "schedule": "cosine", "questions_per_step": 4, "checkpoint_steps": 2, "evaluate_batch": 8},
+        "train": {
+            "dtype": "float32",
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "questions_per_step": 4,
+            "accumulate": 2,
+            "checkpoint_steps": 2,
+            "evaluate_batch": 8,
+        },
         "out": str(out),
     }
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from masters.distill.families.idefics3 import LANGUAGE
 from masters.distill.inputs import Encoder
+from masters.distill.lora import adapt
 from masters.distill.models import freeze_vision, load_model
-from masters.distill.recipe import PRESETS, Recipe, build_recipe
+from masters.distill.recipe import PRESETS, Lora, Recipe, build_recipe
 from masters.distill.responses import DistinctResponse
 from masters.distill.train import MetricsLog, Step, Trainer, plan_steps, rate_at
 from masters.errors import RunError
@@ -60,7 +63,10 @@ def groups_of(samples: Sequence[Sample], encoder: Encoder) -> dict[str, list[Dis
 
 def trainer_of(models: Any, encoder: Encoder, recipe: Recipe) -> Trainer:
     student = load_model(models.student, torch.float32)
-    freeze_vision(student)
+    if recipe.lora:
+        adapt(student, recipe.lora, LANGUAGE, seed=0)
+    else:
+        freeze_vision(student)
     return Trainer(student, encoder, recipe, 10, recipe.out / "checkpoints")
 
 
@@ -92,6 +98,54 @@ def test_measuring_the_gradients_of_both_parts_does_not_change_the_update(preset
         assert changed == (name in trained), name
         # Adam divides by the gradient's size, so that noise in a gradient near 0 shows up as large as the learning rate.
         assert float((weights[0][name] - weights[1][name]).abs().mean()) < 1e-4, name
+
+
+def gradients_of(
+    trainer: Trainer, samples: Sequence[Sample], groups: dict[str, list[DistinctResponse]], teacher: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient of one step by name, and the step's figures."""
+    trainer.student.train()
+    figures = trainer._gradients(STEP, samples, groups, teacher, "all")
+    return {name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None}, figures
+
+
+@pytest.mark.parametrize("change", [{"accumulate": 2}, {"accumulate": 3}, {"accumulate": 9}, {"gradient_checkpointing": True}], ids=str)
+def test_a_step_in_parts_or_computed_again_has_the_same_gradients(change: dict[str, Any], models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
+    """Questions without an image among them, and groups of different sizes: the loss is a mean over questions, whichever part they are in."""
+    asked = [*samples[:3], *(dataclasses.replace(sample, images=()) for sample in samples[3:5])]
+    groups, teacher = groups_of(asked, encoder), load_model(models.teacher, torch.float32).eval()
+    groups[asked[0].id] = groups[asked[0].id][:1]
+    expected, whole = gradients_of(trainer_of(models, encoder, recipe_of(models, tmp_path, "default")), asked, groups, teacher)
+    found, parts = gradients_of(trainer_of(models, encoder, recipe_of(models, tmp_path, "default", **change)), asked, groups, teacher)
+    assert found.keys() == expected.keys()
+    assert parts == pytest.approx(whole, rel=1e-5, abs=1e-7)
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-9, name
+
+
+def test_checkpointing_computes_layers_again(models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
+    calls = []
+    for wanted in (False, True):
+        trainer = trainer_of(models, encoder, recipe_of(models, tmp_path, "sft", gradient_checkpointing=wanted))
+        layer, count = trainer.student.model.text_model.layers[0].mlp, [0]
+        layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        gradients_of(trainer, samples[:2], groups_of(samples[:2], encoder), None)
+        calls.append(count[0])
+    assert calls == [1, 2]
+
+
+def test_a_weight_that_no_question_reaches_follows_its_momentum(models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
+    """As it does where another process looks at a picture for it."""
+    trainer, asked = trainer_of(models, encoder, recipe_of(models, tmp_path, "sft")), [samples[0], dataclasses.replace(samples[1], images=())]
+    projector = trainer.student.model.connector.modality_projection.proj.weight
+    groups, before = groups_of(asked, encoder), projector.detach().clone()
+    trainer.step(Step(0, 0, 0.0, (0,)), asked, groups, None)
+    first = projector.detach() - before
+    trainer.step(Step(1, 0, 0.0, (1,)), asked, groups, None)
+    second = projector.detach() - before - first
+    # Adam's second step on a gradient of 0: its first moment has decayed to .09 / .19 of the first, its second to .000999 / .001999.
+    expected = float(first.norm()) * (0.09 / 0.19) / math.sqrt(0.000999 / 0.001999)
+    assert float(second.norm()) == pytest.approx(expected, rel=0.01)
 
 
 def test_an_update_raises_what_its_advantages_are_for(models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
@@ -158,8 +212,10 @@ def test_a_gradient_that_is_no_number_stops_before_the_update(models: Any, encod
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.student.state_dict().items())
 
 
-def test_a_checkpoint_continues_bit_for_bit(models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
-    recipe, groups = recipe_of(models, tmp_path, "default", schedule="linear"), groups_of(samples[:8], encoder)
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, dropout=0.3)], ids=["whole", "adapters"])
+def test_a_checkpoint_continues_bit_for_bit(lora: Lora | None, models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path):
+    recipe, groups = recipe_of(models, tmp_path, "default", schedule="linear", accumulate=2), groups_of(samples[:8], encoder)
+    recipe = dataclasses.replace(recipe, lora=lora)
     teacher = load_model(models.teacher, torch.float32).eval()
     steps = [Step(i, 0, 0.2, tuple(range(4 * (i % 2), 4 * (i % 2) + 4))) for i in range(4)]
     whole = trainer_of(models, encoder, recipe)
