@@ -88,7 +88,7 @@ def test_the_merged_student_is_the_adapted_one_and_without_adapters_it_is_as_it_
     # peft's own loading of what was kept, onto the model that it names
     loaded = peft.PeftModel.from_pretrained(load_model(models.student, torch.float32), tmp_path / "adapter")
     assert float((states(loaded.get_base_model(), encoder, samples[:3]) - after).norm() / after.norm()) < 1e-5
-    assert peft.PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(models.student)
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(models.student)
 
 
 def test_a_run_trains_adapters_alone_and_leaves_them_merged(models: Any, questions: Path, tmp_path: Path):
@@ -110,7 +110,7 @@ def test_a_run_trains_adapters_alone_and_leaves_them_merged(models: Any, questio
     for name, weight in load_model(models.student, torch.float32).state_dict().items():
         changed = not torch.equal(final[name].bfloat16(), weight.bfloat16())
         assert changed == (name.endswith(("q_proj.weight", "v_proj.weight")) and ("text_model" in name or "vision_model" in name)), name
-    config = peft.PeftConfig.from_pretrained(out / "adapter")
+    config = peft.PeftConfig.from_pretrained(str(out / "adapter"))
     assert (config.r, config.base_model_name_or_path) == (4, str(models.student))
 
 

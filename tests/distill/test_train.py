@@ -128,7 +128,7 @@ def test_checkpointing_computes_layers_again(models: Any, encoder: Encoder, samp
     for wanted in (False, True):
         trainer = trainer_of(models, encoder, recipe_of(models, tmp_path, "sft", gradient_checkpointing=wanted))
         layer, count = trainer.student.model.text_model.layers[0].mlp, [0]
-        layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         gradients_of(trainer, samples[:2], groups_of(samples[:2], encoder), None)
         calls.append(count[0])
     assert calls == [1, 2]
