@@ -22,6 +22,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
+from torch import Tensor
 
 from masters.distill import parallel, ranks
 from masters.distill.parallel import Sharding, blocks, own_rows, sharding
@@ -146,12 +147,19 @@ def test_losses_are_those_of_one_process(runs: Runs, strategy: str, name: str):
     assert len({row["loss"] for row in found}) == len(found)
 
 
+def learned(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """All but the biases of keys: they shift the scores of all keys alike, so that their gradient is rounding and nothing else."""
+    found = [(key, weight) for key, weight in weights.items() if not key.endswith("k_proj.bias")]
+    assert len(found) > 20
+    return found
+
+
 @pytest.mark.parametrize("name", ["whole", "adapters", "tower"])
 def test_the_students_are_those_of_one_process(runs: Runs, strategy: str, name: str, models: Any):
     ours, theirs = (torch.load(runs.folder / who / name / "checkpoints" / "last.pt") for who in (strategy, "one"))
     assert ours["student"].keys() == theirs["student"].keys()
     kept = {} if name == "adapters" else load_file(models.student / "model.safetensors")
-    for key, weight in theirs["student"].items():
+    for key, weight in learned(theirs["student"]):
         start = kept[key].float() if key in kept else torch.zeros_like(weight)
         # A gradient near 0 has a sign by rounding, and Adam a step of full size for it; of all that was learned that is little.
         noise = 1e-2 * RATE * weight.numel() ** 0.5
@@ -162,7 +170,7 @@ def test_the_students_are_those_of_one_process(runs: Runs, strategy: str, name: 
             assert float((ours["optimizer"][key][moment] - value).norm()) <= 1e-4 * float(value.norm()) + noise, f"{moment} of {key}"
     final, expected = (load_file(runs.folder / who / name / "student" / "model.safetensors") for who in (strategy, "one"))
     assert final.keys() == expected.keys() == load_file(models.student / "model.safetensors").keys()
-    for key, weight in expected.items():
+    for key, weight in learned(expected):
         digit = 2**-8 * float(weight.float().abs().max()) + 1e-2 * RATE
         assert float((final[key].float() - weight.float()).abs().max()) <= digit, f"{key}, but for a digit of bfloat16"
 
