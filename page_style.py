@@ -26,7 +26,7 @@ main{padding-bottom:72px}
 .note{color:var(--muted);font-size:14px;line-height:1.45;max-width:46em}
 .scroll{overflow-x:auto;margin:0 0 8px}
 .scroll+.note{margin-bottom:30px}
-.scroll+.scroll{margin-top:30px}
+.scroll+.scroll,.gallery+.scroll{margin-top:30px}
 table{border-collapse:collapse;min-width:100%;font-size:15px;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:640;font-size:17px;padding:0 0 8px}
 th,td{padding:9px 0 9px 28px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--rule)}

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -122,8 +122,9 @@ def _check_all(rows: Sequence[tuple[str, Sample]], encoder: Encoder, limit: int 
         starts = range(0, len(rows), AT_ONCE)
         for start in bar(starts, "looking through images and lengths"):
             part = rows[start : start + AT_ONCE]
-            for (name, sample), sizes in zip(part, pool.map(lambda row: images.sizes(row[1]), part), strict=True):
-                yield _check(name, sample, sizes, encoder, lengths, limit if name == "train" else None)
+            images.look([sample for _, sample in part], pool)
+            for name, sample in part:
+                yield _check(name, sample, images.sizes(sample), encoder, lengths, limit if name == "train" else None)
 
 
 def _check(name: str, sample: Sample, sizes: list[Size] | ImageError, encoder: Encoder, lengths: _Lengths, limit: int | None) -> Skipped | None:
@@ -145,30 +146,29 @@ def _reason(sample: Sample, error: DataError) -> str:
 
 
 class _Images:
-    """Decodes images whole, each file once: many data sets ask several questions about one image."""
+    """Decodes images whole, each once: many data sets ask several questions about one image."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, Size | ImageError] = {}
+        self._known: dict[Path | bytes, Size | ImageError] = {}
+
+    def look(self, samples: Sequence[Sample], pool: Executor) -> None:
+        """Decode what these samples show and was not seen before."""
+        new = dict.fromkeys(image for sample in samples for image in sample.images if image not in self._known)
+        self._known.update(zip(new, pool.map(_size, new), strict=True))
 
     def sizes(self, sample: Sample) -> list[Size] | ImageError:
-        """Height and width of every image of a sample, or the first one's error."""
-        found = [self._size(image) for image in sample.images]
-        for size in found:
-            if isinstance(size, ImageError):
-                return size
-        return [size for size in found if not isinstance(size, ImageError)]
+        """Height and width of every image of a sample that was looked at, or the first one's error."""
+        found = [self._known[image] for image in sample.images]
+        errors = [size for size in found if isinstance(size, ImageError)]
+        return errors[0] if errors else [size for size in found if not isinstance(size, ImageError)]
 
-    def _size(self, image: Path | bytes) -> Size | ImageError:
-        if isinstance(image, Path) and image in self._known:
-            return self._known[image]
-        try:
-            decoded = open_image(image)
-            size: Size | ImageError = (decoded.height, decoded.width)
-        except ImageError as error:
-            size = error
-        if isinstance(image, Path):
-            self._known[image] = size
-        return size
+
+def _size(image: Path | bytes) -> Size | ImageError:
+    try:
+        decoded = open_image(image)
+    except ImageError as error:
+        return error
+    return decoded.height, decoded.width
 
 
 class _Lengths:

@@ -409,7 +409,7 @@ class _Run:
     def _report(self, found: Measured) -> None:
         change = f"Validation accuracy went from {found.before} to {found.after}, by {found.change} question by question."
         said = [change, f"The student holds the {self.recipe.train.keep} weights, after {found.updates:,} updates."]
-        said += [f"{len(self.skipped):,} questions could not be used and were skipped: {counted(self.skipped)} ({SKIPPED})."] if self.skipped else []
+        said += [f"Skipped, since they could not be used: {counted(self.skipped)} (questions in {SKIPPED})."] if self.skipped else []
         write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], said, [])
 
     def close(self) -> None:

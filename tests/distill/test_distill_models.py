@@ -18,8 +18,8 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 from masters.demo.models import build_model, save_model
-from masters.distill.models import check_pair, check_prompts, count_weights, freeze_vision, frozen, load_model, load_processor, read_config
-from masters.errors import MastersError
+from masters.distill.models import check_pair, check_prompts, count_weights, freeze_vision, frozen, load_model, load_processor, longest_prompt, read_config
+from masters.errors import MastersError, RecipeError
 
 
 @pytest.fixture
@@ -228,3 +228,12 @@ def test_a_teacher_whose_image_processor_is_another_program(models: Any, encoder
 
     monkeypatch.setattr(kind, "__call__", brighter)
     refusal(lambda: check_prompts(models.teacher, encoder, samples), "make different tensors of question '.*'; expected the same image")
+
+
+def test_a_prompt_leaves_room_for_an_answer_in_the_shortest_context(models: Any):
+    configs = [read_config(models.student), read_config(models.teacher)]
+    assert [config.get_text_config().max_position_embeddings for config in configs] == [512, 512]
+    assert longest_prompt(configs, 4096, 64) == 448
+    assert longest_prompt(configs, 100, 64) == 100
+    with pytest.raises(RecipeError, match=r"'answers.max_tokens' is 512, and the models read 512 tokens in all"):
+        longest_prompt(configs, 4096, 512)
