@@ -25,8 +25,9 @@ from .inputs import Encoder
 from .memory import Load, Memory, Setting, forward_memory, patches_of, size_of, step_memory
 from .parallel import sharding
 from .recipe import Recipe
+from .shares import Share, plan_run, plan_shares
 from .signal import FORWARD_TOKENS
-from .stages import Share, distill, needs_teacher, plan_run, plan_shares
+from .stages import distill
 from .train import NORMS_EVERY, has_both_parts
 
 PROBED = 48  # questions whose prompts are measured
@@ -209,7 +210,7 @@ def setting_of(recipe: Recipe, devices: int) -> Setting:
         train.gradient_checkpointing,
         train.freeze_vision,
         recipe.lora,
-        recipe.teacher_signal == "live" and needs_teacher(recipe.objective),
+        recipe.teacher_signal == "live" and recipe.objective.needs_teacher,
         recipe.objective.beta > 0,
         2 if has_both_parts(recipe.objective) else 1,
     )
@@ -226,7 +227,7 @@ def _moments(recipe: Recipe, share: Share, student: _Model, teacher: _Model, pro
         questions * prompts.most_patches,
         questions * prompts.pixel_bytes,
     )
-    needed = teacher.config if needs_teacher(recipe.objective) else None
+    needed = teacher.config if recipe.objective.needs_teacher else None
     update = step_memory(student.config, needed, load, setting)
     name = share.teacher.model.name
     found = [Moment(f"training under {name}", update, _lowers(recipe, setting, questions))]
@@ -266,7 +267,7 @@ def _lowers(recipe: Recipe, setting: Setting, questions: int) -> str:
 def _work(recipe: Recipe, shares: Sequence[Share], student: _Model, teachers: Sequence[_Model], prompts: Prompts, devices: int) -> tuple[Work, ...]:
     answers, machine = recipe.answers, recipe.machine
     mean, epochs = machine.answer_tokens or answers.max_tokens, recipe.train.epochs
-    live, needed = recipe.teacher_signal == "live", needs_teacher(recipe.objective)
+    live, needed = recipe.teacher_signal == "live", recipe.objective.needs_teacher
     tokens, operations = dict.fromkeys(("answers", "signal", "train"), 0.0), dict.fromkeys(("answers", "signal", "train"), 0.0)
     for share, teacher in zip(shares, teachers, strict=True):
         count = len(share.samples)
@@ -308,7 +309,7 @@ def _disk(recipe: Recipe, shares: Sequence[Share], student: _Model, teachers: Se
     count, wanted, wide = sum(len(share.samples) for share in shares), recipe.answers, getattr(torch, recipe.train.dtype).itemsize
     size = size_of(student.config, recipe.train.freeze_vision, recipe.lora)
     signal = 0
-    if recipe.teacher_signal == "cached" and needs_teacher(recipe.objective):
+    if recipe.teacher_signal == "cached" and recipe.objective.needs_teacher:
         for share, teacher in zip(shares, teachers, strict=True):
             text = teacher.config.get_text_config()
             states = len(share.samples) * _group(recipe) * wanted.max_tokens

@@ -108,6 +108,11 @@ class Objective:
     advantages: str = "all"
     distill_on: str = "all"  # responses that D is taken on: all, teacher, right
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether training looks at the teacher's probabilities at all."""
+        return self.distill > 0 or self.distillation_reward != "none"
+
 
 @dataclass(frozen=True)
 class Train:

@@ -8,12 +8,10 @@ A run folder that was begun continues where it stopped: finished files are kept,
 from __future__ import annotations
 
 import dataclasses
-import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -46,14 +44,14 @@ from .mask_trial import judge_trial, measure, trial_questions
 from .masked_teacher import MaskedTeacher, masked
 from .materialize import write_masked
 from .parallel import sharding
-from .recipe import Objective, Recipe, Teacher, recipe_values
+from .recipe import Recipe, recipe_values
 from .report import write_report
 from .responses import DistinctResponse, Response, distinct
-from .schedule import mask_ratios, stage_bounds
+from .shares import Share, plan_run, plan_shares, teacher_sources
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, DataFile, counted, counts, look_through, without, write_skipped
 from .trackers import RunLog, check_installed
-from .train import Step, Trainer, plan_steps
+from .train import Step, Trainer
 from .validation import Measured, measured, validate
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
@@ -61,21 +59,6 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 QUESTIONS_PER_FILE = 1024  # of the teacher's states: a killed run computes at most this many questions' again
 
 TEXTS_COMPARED = 256  # questions, with their answers, of which a teacher's tokenizer must make the student's tokens
-
-
-@dataclass(frozen=True)
-class Share:
-    """The questions that one teacher is trained on, and the bounds of its mask stages among them."""
-
-    teacher: Teacher
-    number: int
-    samples: tuple[Sample, ...]
-    ratios: tuple[float, ...]
-    bounds: tuple[range, ...]
-
-    def asked(self, stages: Sequence[int]) -> list[Sample]:
-        """The questions of some mask stages."""
-        return [self.samples[i] for stage in stages for i in self.bounds[stage]]
 
 
 def distill(recipe: Recipe, until: str = "student") -> Path:
@@ -159,7 +142,7 @@ class _Run:
             for share, steps in zip(self.shares, self.steps, strict=True)
             for i, (ratio, bounds) in enumerate(zip(share.ratios, share.bounds, strict=True))
         ]
-        signal = [self._signal_plan(share) for share in self.shares] if needs_teacher(self.recipe.objective) else []
+        signal = [self._signal_plan(share) for share in self.shares] if self.recipe.objective.needs_teacher else []
         left_out = {name: counts([row for row in self.skipped if row.file == name]) for name in ("train", "validation")}
         planned = {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation), "skipped": left_out}
         write_json(self.out / "plan.json", planned | {"teacher_signal": {"kind": self.recipe.teacher_signal, "teachers": signal}})
@@ -317,7 +300,7 @@ class _Run:
         self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], responses: Mapping[str, Sequence[DistinctResponse]]
     ) -> CachedSignal | None:
         """The teacher's states for all responses, in files; None where it stays in memory, or is not needed."""
-        if self.recipe.teacher_signal == "live" or not needs_teacher(self.recipe.objective):
+        if self.recipe.teacher_signal == "live" or not self.recipe.objective.needs_teacher:
             return None
         folder = (self.recipe.buffer or self.out) / "teacher"
         files, mark = self._files(share, stages, folder, ".safetensors"), digest(answers_values(self.recipe))
@@ -350,7 +333,7 @@ class _Run:
         steps = [step for step in planned if step.number >= trainer.done]
         if not steps:
             return
-        live = signal is None and needs_teacher(self.recipe.objective)
+        live = signal is None and self.recipe.objective.needs_teacher
         teacher = self._teacher(share, masks) if live else None
         log = self.log = self.log or RunLog(self.recipe, trainer.done)
         if trainer.done == 0:
@@ -438,41 +421,6 @@ class _Run:
         elif self.recipe.train.freeze_vision:
             models.freeze_vision(student)
         return student
-
-
-def teacher_sources(share: Share, count: int) -> list[Source]:
-    """Whose answers a teacher's questions get, mask stage by mask stage."""
-    name = share.teacher.model.name
-    return [Source(f"teacher{share.number}-stage{stage}", "teacher", share.number, name, ratio, count) for stage, ratio in enumerate(share.ratios)]
-
-
-def plan_shares(recipe: Recipe, samples: Sequence[Sample]) -> list[Share]:
-    """Shuffle the questions once, give every teacher an equal run of them, and every mask stage its part of that."""
-    order = list(samples)
-    random.Random(recipe.seed).shuffle(order)
-    shares = []
-    for number, (teacher, part) in enumerate(zip(recipe.teachers, stage_bounds(len(order), len(recipe.teachers)), strict=True)):
-        ratios = mask_ratios(teacher.r_max, recipe.mask.step) if recipe.mask.enabled else (0.0,)
-        if len(part) < len(ratios):
-            raise RecipeError(f"{len(samples)} questions leave {len(part)} for {len(ratios)} mask stages of {teacher.model.name}; expected at least one each")
-        mine = tuple(order[part.start : part.stop])
-        shares.append(Share(teacher, number, mine, ratios, tuple(stage_bounds(len(mine), len(ratios)))))
-    return shares
-
-
-def needs_teacher(objective: Objective) -> bool:
-    """Whether training looks at the teacher's probabilities at all."""
-    return objective.distill > 0 or objective.distillation_reward != "none"
-
-
-def plan_run(recipe: Recipe, shares: Sequence[Share]) -> list[list[Step]]:
-    """The updates under each teacher, numbered through the run."""
-    planned: list[list[Step]] = []
-    seed = recipe.seed if recipe.train.seed is None else recipe.train.seed
-    for share in shares:
-        first = sum(map(len, planned))
-        planned.append(plan_steps(share.bounds, share.ratios, recipe.train.questions_per_step, recipe.train.epochs, seed, first))
-    return planned
 
 
 def _chunks(share: Share, bounds: range, name: str) -> Iterator[tuple[str, list[Sample]]]:
