@@ -28,6 +28,8 @@ from . import ranks
 from .inputs import CollatePixels, Encoder, Prompt, pad_left, pad_places, to_device
 from .parallel import STAND_IN, within
 
+Ended = Callable[[Tensor], bool]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -81,6 +83,10 @@ def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[Sam
         yield order[start : start + size]
 
 
+def _all(done: Tensor) -> bool:
+    return bool(done.all())
+
+
 def generate_own(
     model: Any,
     encoder: Encoder,
@@ -99,9 +105,9 @@ def generate_own(
     if not samples and ranks.count() == 1:
         return []
     asked, read = list(samples), [encoder.prompt(sample) for sample in samples] if prompts is None else list(prompts)
-    if ranks.count() > 1 and not any(prompt.pixels for prompt in read):
+    if ranks.count() > 1 and not any(prompt.pictured for prompt in read):
         asked, read = [*asked, STAND_IN], [*read, encoder.prompt(STAND_IN)]
-    answers: list[list[Generated]] = within(model, generate, encoder, collate_pixels, asked, count, sampling, seed, key, read)
+    answers: list[list[Generated]] = within(model, generate, encoder, collate_pixels, asked, count, sampling, seed, key, read, ranks.all_true)
     return answers[: len(samples)]
 
 
@@ -116,11 +122,12 @@ def generate(
     seed: int = 0,
     key: str = "",
     prompts: Sequence[Prompt] | None = None,
+    ended: Ended = _all,
 ) -> list[list[Generated]]:
     """`count` answers to each sample of one batch. The images are encoded, and the prompt is read, once for all of them.
 
     The random numbers of an answer follow from `seed`, `key`, the sample's id and the answer's place alone. `prompts` are the samples' where they
-    were encoded already.
+    were encoded already. `ended` tells from which rows are done whether to go on.
     """
     model.eval()
     prompts = [encoder.prompt(sample) for sample in samples] if prompts is None else prompts
@@ -148,7 +155,7 @@ def generate(
         return model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
 
     logits, mask = out.logits[:, -1].repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
-    rows = _decode(step, pick, logits, seen, mask, encoder.eos, sampling.max_tokens)
+    rows = _decode(step, pick, logits, seen, mask, encoder.eos, sampling.max_tokens, ended)
     answers = [_generated(row, encoder) for row in rows.tolist()]
     return [answers[i : i + count] for i in range(0, len(answers), count)]
 
@@ -161,6 +168,7 @@ def _decode(
     mask: Tensor,
     eos: int,
     longest: int,
+    ended: Ended,
 ) -> Tensor:
     """Ids [B, T] of one answer a row, T <= `longest`; after a row's end token its places repeat the end token."""
     done, tokens = torch.zeros(len(seen), dtype=torch.bool, device=seen.device), []
@@ -168,7 +176,7 @@ def _decode(
         token = torch.where(done, eos, pick(logits, seen, place))
         tokens.append(token)
         done |= token == eos
-        if ranks.all_true(done) or place + 1 == longest:
+        if ended(done) or place + 1 == longest:
             break
         seen = torch.cat([seen, token[:, None]], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

@@ -36,6 +36,11 @@ class Prompt:
         return torch.arange(len(self.ids)) if self.positions is None else self.positions
 
     @property
+    def pictured(self) -> bool:
+        """Whether it has an image: some processors give a tensor that tells kinds of tokens for text, too."""
+        return any(t.is_floating_point() for t in self.pixels.values())
+
+    @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.ids, self.places, *self.pixels.values()))
 

@@ -117,7 +117,7 @@ class SignalReader:
         """The distinct states of all groups in their order, to the main process; of as many batches as there are processes each computes one."""
         for batches in _at_a_time(_batches(groups, FORWARD_TOKENS), ranks.count()):
             mine = batches[ranks.index()] if ranks.index() < len(batches) else []
-            shown = any(group.prompt.pixels for group in mine) or ranks.count() == 1
+            shown = any(group.prompt.pictured for group in mine) or ranks.count() == 1
             # Weights in shares need every process: one without a batch, or a picture, looks at the stand-in.
             looked_at = mine if shown else [*mine, Group(self.encoder.prompt(STAND_IN), ((self.encoder.eos,),))]
             computed = self.states(teacher, looked_at)

@@ -1,4 +1,4 @@
-"""Runs of two processes that accelerate's launcher started (gloo, CPU) against runs of one: the same answers, losses, optimizer and weights.
+"""Two processes that accelerate's launcher started (gloo, CPU) against one: the same answers, losses, optimizer and weights, on every family.
 
 Two of three questions have no image, so that in most steps a process has no picture to look at, and the last of a stage leave a process without any.
 """
@@ -205,6 +205,23 @@ def test_a_refusal_ends_all_processes_with_one_line(runs: Runs, tmp_path: Path):
     done = launch("ddp", ["-m", "masters.cli", "distill", str(recipe), "--dry-run"])
     assert done.returncode != 0
     assert done.stderr.count("was begun with another recipe") == 1, done.stderr[-3000:]
+
+
+def test_every_family_agrees_with_one_process_while_the_other_has_no_picture(tmp_path: Path):
+    """Gradients to a hundred-thousandth of the largest, and greedy answers token for token, in whole weights and in shares, the tower trained and not."""
+    done = launch("fsdp2", [str(Path(__file__).with_name("two_process_families.py")), str(tmp_path / "found.json")])
+    assert done.returncode == 0, done.stderr[-4000:]
+    for families in (both := json.loads((tmp_path / "found.json").read_text())):
+        assert set(families) == {"idefics3", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl"}
+        for name, ways in families.items():
+            assert set(ways) == {"ddp", "ddp with the tower", "fsdp2 with the tower"}
+            assert ways["ddp"]["weights"] < ways["ddp with the tower"]["weights"]
+            for way, found in ways.items():
+                assert found["gradients"] < 1e-5, (name, way, found)
+                assert found["answers"] == 0, (name, way)
+                assert found["largest"] > 1
+                assert found["weights"] > 20
+    assert len(both) == 2
 
 
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "zero3"])
