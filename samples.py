@@ -6,19 +6,17 @@ A sample is one question: JSONL lines and parquet rows hold id, images, question
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .tsv import LETTERS, decode_base64, read_tsv
 
 METRICS = ("exact", "relaxed", "anls", "choice", "contains")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
@@ -127,19 +125,10 @@ def _image(value: Any, path: Path, where: str) -> Path | bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and value.startswith("data:"):
-        return _decode_base64(value.partition(",")[2], where)
+        return decode_base64(value.partition(",")[2], where)
     if isinstance(value, str) and value:
         return path.parent / value
     raise DataError(f"{where}: an image is {type(value).__name__}; expected a path relative to the file, a data: URL or bytes")
-
-
-def _decode_base64(text: str, where: str) -> bytes:
-    if not text:
-        raise DataError(f"{where}: no image; expected a base64-encoded one, or the index of an earlier row that holds it")
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        raise DataError(f"{where}: the image is no valid base64; expected a whole encoded image") from None
 
 
 def _from_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -211,17 +200,4 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); write it again") from None
 
 
-def _read_tsv(path: Path) -> Iterator[Any]:
-    """VLMEvalKit's form: index, image (base64, or the index of the row that holds it), question, A, B, C …, answer."""
-    csv.field_size_limit(sys.maxsize)
-    images: dict[str, bytes] = {}
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
-            index, image = row.get("index") or str(number - 1), row.get("image") or ""
-            # VLMEvalKit stores a shared image once; other rows name that row's index.
-            images[index] = images[image] if image in images else _decode_base64(image, f"{path} row {number}")
-            choices = [row[letter] for letter in LETTERS if row.get(letter)]
-            yield {"id": index, "images": [images[index]], "question": row.get("question"), "answer": row.get("answer"), "choices": choices}
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".tsv": _read_tsv}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".tsv": read_tsv}

@@ -43,11 +43,14 @@ def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> float:
 
 
 def anls(text: str, answer: str, threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one pair (Biten et al. 2019): 1 - distance/length, 0 at or below the threshold."""
+    """Average normalised Levenshtein similarity of one pair (Biten et al. 2019): 1 - distance/length, 0 below the threshold.
+
+    Exactly at the threshold the paper's formula gives 0 and the evaluation that published scores come from gives the similarity; so does this.
+    """
     ours, theirs = " ".join(text.lower().split()), " ".join(answer.lower().split())
     length = max(len(ours), len(theirs))
     similarity = 1 - levenshtein(ours, theirs) / length if length else 1.0
-    return similarity if similarity > threshold else 0.0
+    return similarity if similarity >= threshold else 0.0
 
 
 def choice_match(text: str, answer: str, choices: tuple[str, ...]) -> float:

@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hashlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +18,26 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+
+# Without what it declares: of all that its API model and its metrics need these alone are not installed here.
+LMMS_EVAL = (
+    "lmms-eval==0.7.3", "loguru==0.7.3", "python-dotenv==1.2.4", "evaluate==0.4.6", "pytz==2026.6",
+    "tenacity==9.2.1", "sacrebleu==2.6.0", "portalocker==4.4.2", "colorama==0.4.6", "tabulate==0.10.0", "lxml==6.1.3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def lmms_eval() -> Path:
+    """A folder outside the repository with an evaluation suite that we did not write; installed once a machine."""
+    from masters.files import whole_folder
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masters-tests"
+    folder = cache / f"lmms_eval-{hashlib.sha256(' '.join(LMMS_EVAL).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(part), *LMMS_EVAL]
+            subprocess.run(command, check=True, timeout=300)
+    return folder
 
 
 @pytest.fixture(scope="session")

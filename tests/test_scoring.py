@@ -48,12 +48,12 @@ def test_levenshtein_textbook_examples(a: str, b: str, distance: int) -> None:
 
 
 def anls_as_published(text: str, answer: str) -> float:
-    """Biten et al. 2019, equation 1: s = 1 - NL where NL < 0.5, else 0; case does not count."""
+    """Biten et al. 2019, equation 1, with the evaluation script's border: s = 1 - NL where NL <= 0.5, else 0; case does not count."""
     a, b = " ".join(text.strip().lower().split()), " ".join(answer.strip().lower().split())
     if not a and not b:
         return 1.0
     normalised = Fraction(recursive_distance(a, b), max(len(a), len(b)))
-    return float(1 - normalised) if normalised < Fraction(1, 2) else 0.0
+    return float(1 - normalised) if normalised <= Fraction(1, 2) else 0.0
 
 
 def test_anls_against_the_published_formula() -> None:
@@ -69,7 +69,8 @@ def test_anls_against_the_published_formula() -> None:
     [
         ("Hello Wrold", "Hello World", 1 - 2 / 11),  # the example of the ANLS* package, printed there as 0.82
         ("hello world", "Hello  World", 1.0),
-        ("ab", "ax", 0.0),  # exactly half is no longer a near miss
+        ("ab", "ax", 0.5),  # exactly half still counts, in every published evaluation
+        ("abc", "axy", 0.0),
         ("abc", "abx", 2 / 3),
         ("completely else", "42", 0.0),
     ],

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from server_process import encoded, served
 
-from masters.files import whole_folder
 from masters.runtime import Vlm
 from masters.runtime.session import Options
 
-# Without what it declares: of all that its API model needs these alone are not installed here.
-PACKAGES = ("lmms-eval==0.7.3", "loguru==0.7.3", "python-dotenv==1.2.4", "evaluate==0.4.6", "pytz==2026.6")
 QUESTIONS = ("what colour is the shape?", "is it red?", "read the digits.")
 EVALUATE = """
 import json, sys
@@ -35,18 +30,6 @@ requests = [
 ]
 print(json.dumps([unwrap_generation_output(result)[0] for result in model.generate_until(requests)]))
 """
-
-
-@pytest.fixture(scope="module")
-def lmms_eval() -> Path:
-    """A folder outside the repository with the suite; installed once a machine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masters-tests"
-    folder = cache / f"lmms_eval-{hashlib.sha256(' '.join(PACKAGES).encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with whole_folder(folder) as part:
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(part), *PACKAGES]
-            subprocess.run(command, check=True, timeout=300)
-    return folder
 
 
 def test_lmms_eval_gets_the_models_answers(lmms_eval: Path, bundle: Path, vlm: Vlm, tmp_path: Path) -> None:
