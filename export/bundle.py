@@ -22,6 +22,7 @@ from .drop import measure_drop
 from .golden import GOLDEN, write_golden
 from .parity import check_parity, failures, rows_json
 from .precision import Precision, parse_precision
+from .row import Row
 from .source import Source, load_source
 
 # Copied as they are: the program that loads the bundle reads what was trained with.
@@ -41,8 +42,8 @@ def write_bundle(config: ExportConfig) -> Manifest:
         read_samples(config.data)  # a row that can't be used shows now, not after the work
     with whole_folder(config.out, replace=config.force) as folder:
         source = load_source(config.student)
-        manifest = _write_files(source, config, precision, folder)
-        manifest = _prove(source, config, manifest, folder)
+        manifest, weights = _write_files(source, config, precision, folder)
+        manifest = _prove(source, config, precision, manifest, weights, folder)
         manifests.write_manifest(folder, manifest)
     return manifest
 
@@ -65,17 +66,17 @@ def open_bundle(folder: Path) -> Vlm:
     return Vlm(manifest, folder, load_target(manifest.target).load_parts(folder, manifest))
 
 
-def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> Manifest:
-    """Everything but the proof; the manifest lists no files yet."""
+def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> tuple[Manifest, list[Row]]:
+    """Everything but the proof, and how the stored weights compare with the model's; the manifest lists no files yet."""
     target = load_target(config.target)
-    parts = target.write_parts(source.model, source.processor, folder, precision)
+    parts, weights = target.write_parts(source.model, source.processor, folder, precision)
     if config.target == "onnx":
         config_json = target.model_config(read_json(source.folder / "config.json"), folder, precision)
     else:
         config_json = read_json(source.folder / "config.json")
     write_json(folder / "config.json", config_json)
     _write_processor(source, folder)
-    return _manifest(source, config.target, target, parts)
+    return _manifest(source, config.target, target, parts), weights
 
 
 def _write_processor(source: Source, folder: Path) -> None:
@@ -129,11 +130,13 @@ def _geometry(text: Any, most_context: int) -> Decoder:
     )
 
 
-def _prove(source: Source, config: ExportConfig, manifest: Manifest, folder: Path) -> Manifest:
+def _prove(source: Source, config: ExportConfig, precision: Precision, manifest: Manifest, weights: list[Row], folder: Path) -> Manifest:
     """Golden tensors, parity and the score on the user's questions; the manifest with all of it and with every file's hash."""
-    vlm = Vlm(manifest, folder, load_target(config.target).load_parts(folder, manifest))
-    parity, references = check_parity(vlm, source)
-    notes = []
+    target = load_target(config.target)
+    vlm = Vlm(manifest, folder, target.load_parts(folder, manifest))
+    # How Core ML's kernels round is Apple's, there is nothing to follow.
+    found, references = check_parity(vlm, source, target.stored_source(source, precision) if hasattr(target, "stored_source") else None)
+    parity, notes = weights + found, []
     if failed := failures(parity):
         if not config.allow_mismatch:
             raise ParityError(f"{failed[0]}; nothing was written, --allow-mismatch keeps such a bundle, marked")

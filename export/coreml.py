@@ -29,6 +29,7 @@ from ..files import read_json
 from ..manifest import Manifest, Part, TensorSpec
 from .mil import DATA, import_coremltools, load_program, quiet
 from .precision import Precision, parse_precision
+from .row import Row
 from .source import load_family
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Package:
     states: tuple[TensorSpec, ...] = ()
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: Precision | str, context: int | None = None) -> dict[str, Part]:
-    """Write the three packages of a Hugging Face model (float32, evaluation mode) below `folder`; the same model gives the same bytes.
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision | str, context: int | None = None) -> tuple[dict[str, Part], list[Row]]:
+    """Write the three packages of a Hugging Face model (float32, evaluation mode) below `folder`; the same model gives the same bytes. No rows of parity.
 
     `precision` is fp16, int8 (weights, a scale per output channel), int4 (the decoder's weights, a scale per block; the rest int8), or one word per part as
     for ONNX. `context` is the most positions of prompt and answer, by default the model's own but at most 2,048. Raises ModelError for a model that
@@ -77,7 +78,7 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision |
         converted.user_defined_metadata[EXPORTER] = name
         _save(converted, folder / f"{part}.mlpackage")
         parts[part] = Part(f"{part}.mlpackage", words[part], package.inputs, package.outputs)
-    return parts
+    return parts, []
 
 
 def _words(precision: Precision) -> dict[str, str]:

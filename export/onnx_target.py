@@ -19,8 +19,12 @@ from .genai import write_genai
 from .graph import interface, save_graph
 from .precision import Precision
 from .quantize import quantize_int4, quantize_int8
+from .row import Row
 from .source import load_family
+from .stored import product_weights, stored_source, weight_rows
 from .vision import build_vision
+
+__all__ = ["load_parts", "model_config", "stored_source", "write_parts"]
 
 FOLDER = "onnx"
 # transformers.js knows a file's precision by these. int8 is its q8: dynamic, with unsigned weights.
@@ -32,24 +36,30 @@ MOST_CONTEXT = 32768
 GENERATION = {"shared_cache": True}
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) -> dict[str, Part]:
-    """Write the three graphs below `folder` and return what each is. Raises ModelError for a model that the graphs can't express."""
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) -> tuple[dict[str, Part], list[Row]]:
+    """Write the three graphs below `folder`; what each is, and how its stored weights compare with the model's.
+
+    Raises ModelError for a model that the graphs can't express.
+    """
     family = load_family(model.config.model_type)
     text_model, lm_head = family.text_parts(model)
     context = min(text_model.config.max_position_embeddings, MOST_CONTEXT)
     injected = family.injected_layers(model) if hasattr(family, "injected_layers") else 0
-    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
-    graphs = {"decoder": _quantized(decoder, precision.decoder, precision), "embed_tokens": build_embedding(text_model.embed_tokens, precision.embed, injected)}
-    (folder / FOLDER).mkdir()
     # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
-    parts = {
-        "decoder": _write(graphs["decoder"], folder, precision.decoder),
-        "embed_tokens": _write(graphs["embed_tokens"], folder, precision.embed),
-        "vision_encoder": _write(_quantized(build_vision(model, family, precision.vision == "fp16"), precision.vision, precision), folder, precision.vision),
-    }
+    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
+    embedding = build_embedding(text_model.embed_tokens, precision.embed, injected)
+    (folder / FOLDER).mkdir()
+    parts, rows = {}, []
+    parts["decoder"], found = _write_quantized(decoder, "decoder", precision.decoder, precision, folder)
+    rows += found
+    parts["embed_tokens"] = _write(embedding, folder, precision.embed)
+    vision = build_vision(model, family, precision.vision == "fp16")
+    parts["vision_encoder"], found = _write_quantized(vision, "vision_encoder", precision.vision, precision, folder)
+    rows += found
     if hasattr(family, "genai_processor"):
+        graphs = {"decoder": decoder, "embed_tokens": embedding}
         write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, context)
-    return parts
+    return parts, rows
 
 
 def load_parts(folder: Path, manifest: Manifest) -> OnnxParts:
@@ -69,10 +79,17 @@ def model_config(config: dict[str, Any], folder: Path, precision: Precision) -> 
     return config | {"transformers.js_config": ours}
 
 
-def _quantized(graph: ir.Model, word: str, precision: Precision) -> ir.Model:
+def _write_quantized(graph: ir.Model, name: str, word: str, precision: Precision, folder: Path) -> tuple[Part, list[Row]]:
+    """Quantise the graph in place as `word` says, write it, and compare what stands in the file with the weights that it had."""
+    if word not in ("int8", "int4"):
+        return _write(graph, folder, word), []
+    originals = product_weights(graph)
     if word == "int8":
-        return quantize_int8(graph)
-    return quantize_int4(graph, precision.block_size, precision.accuracy_level) if word == "int4" else graph
+        quantize_int8(graph)
+    else:
+        quantize_int4(graph, precision.block_size, precision.accuracy_level)
+    part = _write(graph, folder, word)
+    return part, weight_rows(folder / part.file, name, originals)
 
 
 def _write(graph: ir.Model, folder: Path, word: str) -> Part:

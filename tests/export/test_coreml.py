@@ -91,7 +91,7 @@ class Bundle:
 
     def __init__(self, model: Any, processor: Any, folder: Path, precision: str) -> None:
         self.folder = folder
-        self.parts = write_parts(model, processor, folder, precision, CONTEXT)
+        self.parts, _ = write_parts(model, processor, folder, precision, CONTEXT)
         text = model.config.text_config
         geometry = Decoder(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, text.hidden_size, text.vocab_size, CONTEXT)
         self.manifest = Manifest("coreml", "idefics3", 0, {}, self.parts, geometry, {}, {}, {})

@@ -1,0 +1,196 @@
+"""The close check of quantised bundles: rounding as ONNX Runtime has it, weights read back, and one planted fault after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from masters.errors import ParityError
+from masters.export import ExportConfig, export, onnx_target
+from masters.export.precision import parse_precision
+from masters.export.row import Row
+from masters.export.source import Source
+from masters.export.stored import product_weights, rounded, stored_source, weight_rows
+from masters.manifest import read_manifest
+
+Change = Callable[[ir.Model], None]
+WEIGHT = "layers.1.mlp.up.weight"
+
+
+@pytest.mark.parametrize("low", [-3.0, 0.5, -0.1])
+def test_rounding_is_onnx_runtimes(low: float) -> None:
+    """Mixed signs, all positive, all negative."""
+    nodes = [
+        onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero"]),
+        onnx.helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]) for name in ("x", "y")]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    x = np.random.default_rng(1).uniform(low, low + 4 if low > -1 else 5, 5000).astype(np.float32) * (-1 if low == -0.1 else 1)
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_array_equal(rounded(torch.from_numpy(x)).numpy(), expected)
+
+
+def test_rounding_of_zeros() -> None:
+    assert rounded(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def only(rows: list[Row], verdict: str) -> list[Row]:
+    return [row for row in rows if row.verdict == verdict]
+
+
+def decoder(source: Source) -> ir.Model:
+    return onnx_target.build_decoder(*source.family.text_parts(source.model))
+
+
+def rows_of(source: Source, word: str, folder: Path, change: Change = lambda _: None) -> list[Row]:
+    """The rows of a decoder that is changed between quantisation and file."""
+    graph = decoder(source)
+    originals = product_weights(graph)
+    quantised = onnx_target.quantize_int8(graph) if word == "int8" else onnx_target.quantize_int4(graph)
+    change(quantised)
+    ir.save(quantised, folder / "decoder.onnx")
+    return weight_rows(folder / "decoder.onnx", "decoder", originals)
+
+
+def edit(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    def changed(model: ir.Model) -> None:
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=name)
+
+    return changed
+
+
+def scaled(place: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def change(scales: np.ndarray) -> np.ndarray:
+        scales[place] *= 1.1
+        return scales
+
+    return change
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+def test_healthy_weights_pass_and_the_loss_is_reported(word: str, lively_source: Source, tmp_path: Path) -> None:
+    rows = rows_of(lively_source, word, tmp_path)
+    assert not only(rows, "fail")
+    (loss,) = only(rows, "reported")
+    layers = [
+        layer.weight.detach().numpy()
+        for layer in lively_source.family.text_parts(lively_source.model)[0].layers.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    assert len(product_weights(decoder(lively_source))) == 1 + 5 * len(layers) // 7  # queries, keys and values are one product; and the head
+    assert loss.difference == pytest.approx({"int8": 0.006, "int4": 0.08}[word], rel=0.3)
+
+
+FAULTS = {
+    "int4": {
+        "a scale of one block, 10% off": edit(f"{WEIGHT}_scale", scaled((5, 1))),
+        "two blocks in each other's place": edit(f"{WEIGHT}_int4", lambda packed: packed[:, [1, 0, *range(2, packed.shape[1])]]),
+        "the halves of bytes": edit(f"{WEIGHT}_int4", lambda packed: packed % 16 * 16 + packed // 16),
+        "the zero point, one off": edit(f"{WEIGHT}_int4", lambda packed: np.where(packed % 16 < 15, packed + 1, packed).astype(np.uint8)),
+        "two rows in each other's place": edit(f"{WEIGHT}_scale", lambda scales: scales[[1, 0, *range(2, len(scales))]]),
+    },
+    "int8": {
+        "a scale of one column, 10% off": edit(f"{WEIGHT}_scale", scaled(5)),
+        "the zero point, one off": edit("zero_point_128", lambda zero: zero + np.uint8(1)),
+        "two rows in each other's place": edit(f"{WEIGHT}_uint8", lambda codes: codes[[1, 0, *range(2, len(codes))]]),
+        "one code": edit(f"{WEIGHT}_uint8", lambda codes: np.where(np.arange(codes.size).reshape(codes.shape) == 77, codes ^ 2, codes).astype(np.uint8)),
+    },
+}
+
+
+@pytest.mark.parametrize(("word", "fault"), [(word, fault) for word, faults in FAULTS.items() for fault in faults])
+def test_a_planted_fault_is_found_in_the_weights(word: str, fault: str, lively_source: Source, tmp_path: Path) -> None:
+    failed = only(rows_of(lively_source, word, tmp_path, FAULTS[word][fault]), "fail")
+    assert failed
+    assert fault.startswith("the zero point") or all(WEIGHT in row.tensor for row in failed)
+
+
+@pytest.fixture
+def traced(bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports below start from a traced vision graph."""
+    path = bundle_of("fp32") / "onnx" / "vision_encoder.onnx"
+    monkeypatch.setattr(onnx_target, "build_vision", lambda *_: ir.load(path))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    ("precision", "pass_of", "norm", "stage"),
+    [
+        ("vision=fp32,decoder=int4", "quantize_int4", "layers.1.mlp_norm.weight", "prefill"),
+        ("vision=fp32,decoder=int8", "quantize_int8", "layers.1.mlp_norm.weight", "prefill"),
+        ("vision=int8,decoder=fp32", "quantize_int8", "layers.0.norm1.weight", "features"),  # the tower's norms are equal and stored once
+    ],
+)
+def test_a_fault_of_the_graph_is_found_in_its_arithmetic(
+    precision: str, pass_of: str, norm: str, stage: str, lively_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer's norm is 10% off: every quantised weight is right, what is computed with them is not."""
+    original = getattr(onnx_target, pass_of)
+
+    def faulty(model: ir.Model, *arguments: Any) -> ir.Model:
+        graph = original(model, *arguments)
+        edit(norm, lambda weight: weight * np.float32(1.1))(graph)
+        return graph
+
+    monkeypatch.setattr(onnx_target, pass_of, faulty)
+    with pytest.raises(ParityError, match=f"the stage '{stage}'"):
+        export(ExportConfig(lively_vlm, "onnx", tmp_path / "bundle", precision))
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_wrong_scale_stops_the_export_and_is_named(lively_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = onnx_target.quantize_int4
+
+    def faulty(model: ir.Model, *arguments: Any) -> ir.Model:
+        graph = original(model, *arguments)
+        FAULTS["int4"]["a scale of one block, 10% off"](graph)
+        return graph
+
+    monkeypatch.setattr(onnx_target, "quantize_int4", faulty)
+    with pytest.raises(ParityError, match=rf"the stage 'weights' .* decoder {WEIGHT} differs by 0.09"):
+        export(ExportConfig(lively_vlm, "onnx", tmp_path / "bundle", "decoder=int4"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_bundles_report_the_loss_apart(precision: str, bundle_of: Callable[[str], Path]) -> None:
+    rows = read_manifest(bundle_of(precision)).parity
+    close = [row for row in rows if "stored weights" in row["measure"]]
+    assert {row["stage"] for row in close} == {"features", "embeddings", "prefill", "decode"}
+    assert {row["verdict"] for row in close} == {"pass"}
+    lost = [row for row in rows if row["stage"] == "prefill" and "stored" not in row["measure"]]
+    assert {row["verdict"] for row in lost} == {"reported"}
+    # What is judged is far below what quantisation costs: rounding's edges at int8, the order of sums at int4.
+    assert max(row["difference"] for row in close if row["stage"] == "prefill") < {"int8": 0.2, "int4": 1e-4}[precision] * max(
+        row["difference"] for row in lost
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "vision=fp16,decoder=fp32"])
+def test_nothing_is_stored_otherwise(precision: str, lively_source: Source) -> None:
+    assert stored_source(lively_source, parse_precision(precision)) is None
+
+
+def test_int8_sums_of_int4_products_are_not_followed(lively_source: Source) -> None:
+    assert stored_source(lively_source, parse_precision("int4", accuracy_level=4)) is None
+    assert stored_source(lively_source, parse_precision("int8", accuracy_level=4)) is not None
+
+
+def test_the_model_itself_is_left_alone(lively_source: Source) -> None:
+    before = {name: weight.clone() for name, weight in lively_source.model.state_dict().items()}
+    stored = stored_source(lively_source, parse_precision("int4"))
+    assert stored is not None
+    after = lively_source.model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert not torch.equal(stored.model.lm_head.weight, stored.model.get_input_embeddings().weight), "a tied embedding keeps bits of its own"
