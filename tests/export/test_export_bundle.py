@@ -50,7 +50,7 @@ def test_bundle(precision: str, bundle_of: Bundles) -> None:
     assert not [row for row in manifest.parity if row["verdict"] == "fail"]
     weights = {"weights"} if precision in ("int8", "int4") else set()
     assert {row["stage"] for row in manifest.parity} == weights | {"pixels", "prompt", "features", "embeddings", "prefill", "decode", "tokens"}
-    assert {row["image"] for row in manifest.parity} == set(awkward_images())
+    assert {row["image"] for row in manifest.parity if row["stage"] == "tokens"} == set(awkward_images())
     assert load(bundle).answer("What is this?", [awkward_images()["plain"]], max_tokens=3).token_ids
 
 

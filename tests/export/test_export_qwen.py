@@ -30,7 +30,7 @@ def test_bundle(family: str, precision: str, qwen_bundle: Bundles) -> None:
     manifest = read_manifest(bundle)
     assert manifest.model_type == family
     assert not [row for row in manifest.parity if row["verdict"] == "fail"]
-    assert {row["stage"] for row in manifest.parity} == {"pixels", "prompt", "features", "embeddings", "prefill", "decode", "tokens"}
+    assert {row["stage"] for row in manifest.parity} - {"weights"} == {"pixels", "prompt", "features", "embeddings", "prefill", "decode", "tokens"}
     assert {row["image"] for row in manifest.parity if row["stage"] == "tokens"} == set(awkward_images())
     assert load(bundle).answer("What is this?", [awkward_images()["plain"]], max_tokens=3).token_ids
 
