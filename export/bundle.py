@@ -20,7 +20,7 @@ from ..samples import read_samples
 from . import ExportConfig
 from .drop import measure_drop
 from .golden import GOLDEN, write_golden
-from .parity import check_parity, failures, rows_json
+from .parity import check_parity, check_stored, failures, rows_json
 from .precision import Precision, parse_precision
 from .row import Row
 from .source import Source, load_source
@@ -135,7 +135,11 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     target = load_target(config.target)
     vlm = Vlm(manifest, folder, target.load_parts(folder, manifest))
     # How Core ML's kernels round is Apple's, there is nothing to follow.
-    found, references = check_parity(vlm, source, target.stored_source(source, precision) if hasattr(target, "stored_source") else None)
+    followed = hasattr(target, "follows") and target.follows(precision)
+    found, references = check_parity(vlm, source, judge=not followed)
+    if followed:
+        target.store_weights(source, precision, folder / manifest.parts["decoder"].file)
+        found += check_stored(vlm, source, references)
     parity, notes = weights + found, []
     if failed := failures(parity):
         if not config.allow_mismatch:
@@ -144,7 +148,9 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
         say(notes[0])
     if references:
         write_golden(folder / GOLDEN, vlm, references[0])
-    checks: list[dict[str, Any]] = [] if config.data is None else [measure_drop(vlm, source, config.data, config.max_drop)]
+    checks: list[dict[str, Any]] = []
+    if config.data is not None:
+        checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop))
     return replace(
         manifest,
         golden=GOLDEN if references else None,

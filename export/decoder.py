@@ -51,11 +51,23 @@ def check_decoder(config: Any) -> None:
         raise ModelError(f"the decoder's rotary embedding is of type '{rope}'; expected one whose angles depend on the position alone")
 
 
+def product_layers(text_model: Any, lm_head: torch.nn.Linear) -> dict[str, tuple[torch.nn.Linear, ...]]:
+    """The layers whose weights stand side by side in each product of the graph, by the product's name; its weight is called `<name>.weight`."""
+    found: dict[str, tuple[torch.nn.Linear, ...]] = {"lm_head": (lm_head,)}
+    for index, layer in enumerate(text_model.layers):
+        attention, mlp, name = layer.self_attn, layer.mlp, f"layers.{index}"
+        found[f"{name}.attention.qkv"] = (attention.q_proj, attention.k_proj, attention.v_proj)
+        found[f"{name}.attention.o"] = (attention.o_proj,)
+        found |= {f"{name}.mlp.gate": (mlp.gate_proj,), f"{name}.mlp.up": (mlp.up_proj,), f"{name}.mlp.down": (mlp.down_proj,)}
+    return found
+
+
 class _Decoder:
     """The graph under construction: what every layer needs, computed once."""
 
     def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int, injected: int) -> None:
         self.text_model, self.lm_head, self.dtype, self.context, self.config = text_model, lm_head, dtype, context, text_model.config
+        self.products = product_layers(text_model, lm_head)
         self.injected = injected
         self.axes = hasattr(text_model.rotary_emb, "mrope_section")
         self.author = GraphAuthor("decoder_model_merged")
@@ -80,7 +92,7 @@ class _Decoder:
             last = index + 1 == len(self.text_model.layers)
             following = self.text_model.norm if last else self.text_model.layers[index + 1].input_layernorm
             name = "norm" if last else f"layers.{index + 1}.attention_norm"
-            normed, residual = self._skip_norm(self._mlp(normed, layer.mlp, index), residual, following, name)
+            normed, residual = self._skip_norm(self._mlp(normed, index), residual, following, name)
         self._logits(normed)
         return author.model()
 
@@ -134,7 +146,7 @@ class _Decoder:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         cache_shape = ("batch_size", kv_heads, "past_sequence_length", attention.head_dim)
         past = [self.author.input(f"past_key_values.{index}.{kind}", self.dtype, cache_shape) for kind in ("key", "value")]
-        packed = self._linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), f"{name}.qkv")
+        packed = self._linear(x, f"{name}.qkv")
         normed = hasattr(attention, "q_norm")
         query = self._query_key_value(packed, attention, name, normed) if normed or self.axes else (packed, None, None)
         rotary = () if self.axes else (self.cos, self.sin, self.positions)
@@ -153,7 +165,7 @@ class _Decoder:
         for value, kind in zip(present, ("key", "value"), strict=True):
             # Not total_sequence_length: where past and present share a buffer, this is the buffer's length.
             self.author.output(value, f"present.{index}.{kind}", self.dtype, (*cache_shape[:2], "present_sequence_length", attention.head_dim))
-        return self._linear(mixed, (attention.o_proj,), f"{name}.o")
+        return self._linear(mixed, f"{name}.o")
 
     def _query_key_value(self, packed: ir.Value, attention: Any, name: str, normed: bool) -> tuple[Any, Any, Any]:
         """The packed projections apart, [B,S,heads·h] each: query and key with their norms over h, and turned by positions of three axes."""
@@ -172,11 +184,11 @@ class _Decoder:
     def _split(self, x: ir.Value, sizes: tuple[int, ...]) -> Any:
         return self.author.op("Split", x, self.author.constant(sizes), outputs=len(sizes), axis=-1)
 
-    def _mlp(self, x: ir.Value, mlp: Any, index: int) -> Any:
-        gate = self._linear(x, (mlp.gate_proj,), f"layers.{index}.mlp.gate")
-        up = self._linear(x, (mlp.up_proj,), f"layers.{index}.mlp.up")
+    def _mlp(self, x: ir.Value, index: int) -> Any:
+        gate = self._linear(x, f"layers.{index}.mlp.gate")
+        up = self._linear(x, f"layers.{index}.mlp.up")
         silu = self.author.op("Mul", gate, self.author.op("Sigmoid", gate))
-        return self._linear(self.author.op("Mul", silu, up), (mlp.down_proj,), f"layers.{index}.mlp.down")
+        return self._linear(self.author.op("Mul", silu, up), f"layers.{index}.mlp.down")
 
     def _logits(self, normed: ir.Value) -> None:
         """Logits of the last num_logits_to_keep positions: a prompt's other logits would be S x V numbers that nobody reads."""
@@ -184,15 +196,16 @@ class _Decoder:
         kept = author.input("num_logits_to_keep", ir.DataType.INT64, ())
         start = op("Reshape", op("Neg", kept), author.constant([1]))
         hidden = op("Slice", normed, start, author.constant([LAST]), author.constant([1]))
-        logits = self._linear(hidden, (self.lm_head,), "lm_head")
+        logits = self._linear(hidden, "lm_head")
         if self.dtype != ir.DataType.FLOAT:
             logits = author.cast(logits, ir.DataType.FLOAT)
         author.output(logits, "logits", ir.DataType.FLOAT, ("batch_size", "num_logits", self.lm_head.out_features))
         # present.* were declared layer by layer; readers expect the logits first.
         author.outputs.insert(0, author.outputs.pop())
 
-    def _linear(self, x: ir.Value, layers: tuple[torch.nn.Linear, ...], name: str) -> Any:
-        """x times the layers' weights side by side, [D, sum of outputs], plus their biases where they have some."""
+    def _linear(self, x: ir.Value, name: str) -> Any:
+        """x times the weights of the product's layers side by side, [D, sum of outputs], plus their biases where they have some."""
+        layers = self.products[name]
         shape = (layers[0].in_features, sum(layer.out_features for layer in layers))
         weight = self.author.weight(f"{name}.weight", shape, self.dtype, lambda: torch.cat([layer.weight.detach() for layer in layers]).T)
         product = self.author.op("MatMul", x, weight, name=name)

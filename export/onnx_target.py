@@ -21,10 +21,10 @@ from .precision import Precision
 from .quantize import quantize_int4, quantize_int8
 from .row import Row
 from .source import load_family
-from .stored import product_weights, stored_source, weight_rows
+from .stored import follows, product_weights, store_weights, weight_rows
 from .vision import build_vision
 
-__all__ = ["load_parts", "model_config", "stored_source", "write_parts"]
+__all__ = ["follows", "load_parts", "model_config", "store_weights", "write_parts"]
 
 FOLDER = "onnx"
 # transformers.js knows a file's precision by these. int8 is its q8: dynamic, with unsigned weights.

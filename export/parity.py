@@ -58,11 +58,10 @@ STORED = TOLERANCES | {"int8": Tolerance(4e-2, 1e-6, 8e-2), "int4": Tolerance(1e
 PIXELS = 1e-5  # of a range of about 2: two roundings in float32
 
 
-def check_parity(vlm: Vlm, source: Source, stored: Source | None = None) -> tuple[list[Row], list[Reference]]:
+def check_parity(vlm: Vlm, source: Source, judge: bool = True) -> tuple[list[Row], list[Reference]]:
     """Compare `vlm`, the bundle in the runtime, with the model it came from; also the references, the ordinary image's first.
 
-    `stored` is the model with the weights that the bundle stores (stored.py): where it is given, it is what the bundle is held to, and the difference from the
-    model itself, the loss by quantisation, is reported.
+    Without `judge`, what follows pixels and prompt is reported only: the loss by quantisation, where check_stored judges the rest.
     """
     rows: list[Row] = []
     references: list[Reference] = []
@@ -77,12 +76,18 @@ def check_parity(vlm: Vlm, source: Source, stored: Source | None = None) -> tupl
             more = features_input.values.size / TILE
             if not references or tiles + more <= TILES:
                 tiles += more
-                steps = FEWER_STEPS if number else STEPS
-                references.append(refer(source, name, image, question, prompt, steps))
-                if stored is not None:
-                    rows += compare_stored(vlm, refer(stored, name, image, question, prompt, steps), features_input)
-                rows += compare(vlm, references[-1], features_input, judge=stored is None)
+                references.append(refer(source, name, image, question, prompt, FEWER_STEPS if number else STEPS))
+                rows += compare(vlm, references[-1], features_input, judge)
     return rows, references
+
+
+def check_stored(vlm: Vlm, stored: Source, references: Sequence[Reference]) -> list[Row]:
+    """Compare `vlm` with the model that carries the bundle's weights (stored.py), on the images and prompts of `references`."""
+    rows = []
+    for old in bar(references, "parity, stored weights"):
+        reference = refer(stored, old.name, old.image, old.question, old.prompt, len(old.tokens))
+        rows += compare_stored(vlm, reference, vlm.see([old.image])[0])
+    return rows
 
 
 def failures(rows: list[Row]) -> list[str]:

@@ -2,14 +2,12 @@
 
 A quantised graph differs from the model by what its weights lost and by how its activations are rounded; in a small or random model that drowns a
 wrong scale. Here the two are taken apart. The stored weights are read back from the file and compared with the original ones, block by block
-(`weight_rows`); and PyTorch, given those weights and the same rounding (`stored_source`), is what the graph's arithmetic is held to, closely.
+(`weight_rows`); and PyTorch, given those weights and the same rounding (`store_weights`), is what the graph's arithmetic is held to, closely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from ..runtime.graphs import TILES_AT_ONCE
+from .decoder import product_layers
 from .precision import Precision
 from .quantize import dequantize_int4, int4_blocks, int8_rows
 from .row import Row, judged
@@ -42,7 +41,7 @@ def product_weights(graph: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol]) -> list[Row]:
     """The stored weights of a quantised graph beside the original ones: the worst of each measure, named, and what quantisation lost in all."""
-    stored = {name: value.const_value for name, value in ir.load(file).graph.initializers.items()}
+    stored = _initializers(file)
     lost = total = 0.0
     worst: dict[str, tuple[float, str, float]] = {}
     for name, original in originals.items():
@@ -57,28 +56,31 @@ def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol
     return [*rows, Row("weights", part, "", "", "relative error of all quantised weights", float(np.sqrt(lost / max(total, 1e-30))), None, "reported")]
 
 
-def stored_source(source: Source, precision: Precision) -> Source | None:
-    """`source` with the weights that its bundle stores, rounding activations where the bundle does.
-
-    None where nothing is quantised, or where the graph rounds in a way that PyTorch does not follow (int4 at accuracy levels above 1).
-    """
+def follows(precision: Precision) -> bool:
+    """Whether something is quantised, and PyTorch can round as the graphs do: not where int4's products sum in int8 (accuracy levels above 1)."""
     words = {precision.vision, precision.embed, precision.decoder}
-    if not words & {"int8", "int4"} or (precision.accuracy_level not in EXACT_LEVELS and "int4" in words):
-        return None
-    model = deepcopy(source.model)
-    text_model, head = source.family.text_parts(model)
+    return bool(words & {"int8", "int4"}) and (precision.accuracy_level in EXACT_LEVELS or "int4" not in words)
+
+
+def store_weights(source: Source, precision: Precision, decoder: Path) -> None:
+    """Change the source's model to what its bundle is: the decoder's weights as they stand in its file, the others rounded anew, activations rounded too.
+
+    In place, because a second model would double the memory; the original is a load away.
+    """
+    text_model, head = source.family.text_parts(source.model)
+    layers = product_layers(text_model, head)
+    inside = {layer for side_by_side in layers.values() for layer in side_by_side}
     with torch.no_grad():
-        # Apart from here on: a tied embedding keeps other bits than the head.
-        text_model.embed_tokens.weight = nn.Parameter(text_model.embed_tokens.weight.detach().clone())
-        decoder = [head, *_products(text_model)]
-        for layer in decoder:
-            _store(layer, precision.decoder, precision.block_size)
-        for layer in set(_products(model)) - set(decoder):
-            _store(layer, precision.vision, precision.block_size)
+        if precision.decoder in ("int8", "int4"):
+            stored = _initializers(decoder)
+            for name, side_by_side in layers.items():
+                _restore(side_by_side, _kept(stored, f"{name}.weight", side_by_side[0].in_features), precision.decoder)
+        if precision.vision in ("int8", "int4"):
+            for layer in (module for module in source.model.modules() if isinstance(module, nn.Linear) and module not in inside):
+                _restore((layer,), _rounded_weight(layer, precision), precision.vision)
         if precision.embed == "int8":
-            codes, scales = int8_rows(text_model.embed_tokens.weight.numpy())
-            text_model.embed_tokens.weight.copy_(torch.from_numpy(codes * scales))
-    return replace(source, model=model)
+            codes, scales = int8_rows(text_model.embed_tokens.weight.detach().numpy())
+            text_model.embed_tokens.weight = _parameter(codes * scales)  # a new one: a tied head keeps other bits
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -91,23 +93,36 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return ((torch.round(x / float(scale)) + zero).clamp(0, 255) - zero) * float(scale)
 
 
-def _products(model: nn.Module) -> Iterator[nn.Linear]:
-    """The layers that are products by a weight in the graphs; patches are embedded by a convolution or a Gemm, which keep their weights."""
-    return (module for module in model.modules() if isinstance(module, nn.Linear))
+def _restore(layers: Sequence[nn.Linear], weight: np.ndarray, word: str) -> None:
+    """Give layers that stand side by side their rows of float32 [N, K], and the rounding of what they are given."""
+    start = 0
+    for layer in layers:
+        layer.weight = _parameter(weight[start : start + layer.out_features])
+        start += layer.out_features
+        if word == "int8":
+            layer.register_forward_pre_hook(_round_inputs)
 
 
-def _store(layer: nn.Linear, word: str, block_size: int) -> None:
-    """Give `layer` the weights that `word` stores, and its rounding of activations."""
+def _parameter(values: np.ndarray) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), requires_grad=False)
+
+
+def _rounded_weight(layer: nn.Linear, precision: Precision) -> np.ndarray:
     weight = np.ascontiguousarray(layer.weight.detach().numpy())
-    if word == "int8":
-        codes, scales = int8_rows(weight)
-        kept = codes * scales
-        layer.register_forward_pre_hook(_round_inputs)
-    elif word == "int4":
-        kept = dequantize_int4(*int4_blocks(weight, block_size), weight.shape[1])
-    else:
-        return
-    layer.weight = nn.Parameter(torch.from_numpy(kept.astype(np.float32)), requires_grad=False)
+    if precision.vision == "int4":
+        return dequantize_int4(*int4_blocks(weight, precision.block_size), weight.shape[1])
+    codes, scales = int8_rows(weight)
+    return codes * scales
+
+
+def _initializers(file: Path) -> dict[str, Any]:
+    return {name: value.const_value for name, value in ir.load(file).graph.initializers.items()}
+
+
+def _kept(stored: Mapping[str, Any], name: str, columns: int) -> np.ndarray:
+    """The weight float32 [N, K] that a product of the file multiplies by."""
+    codes, scales = _codes(stored, name, slice(None))
+    return (codes * scales[..., None]).reshape(len(codes), -1)[:, :columns]
 
 
 def _round_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -16,9 +16,10 @@ import torch
 from masters.errors import ParityError
 from masters.export import ExportConfig, export, onnx_target
 from masters.export.precision import parse_precision
+from masters.export.quantize import dequantize_int4, int4_blocks
 from masters.export.row import Row
-from masters.export.source import Source
-from masters.export.stored import product_weights, rounded, stored_source, weight_rows
+from masters.export.source import Source, load_source
+from masters.export.stored import follows, product_weights, rounded, store_weights, weight_rows
 from masters.manifest import read_manifest
 
 Change = Callable[[ir.Model], None]
@@ -177,20 +178,27 @@ def test_bundles_report_the_loss_apart(precision: str, bundle_of: Callable[[str]
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "vision=fp16,decoder=fp32"])
-def test_nothing_is_stored_otherwise(precision: str, lively_source: Source) -> None:
-    assert stored_source(lively_source, parse_precision(precision)) is None
+@pytest.mark.parametrize(
+    ("precision", "level", "expected"),
+    [
+        ("fp32", 0, False), ("vision=fp16,decoder=fp32", 0, False), ("vision=int8", 0, True), ("embed=int8", 0, True), ("int4", 1, True),
+        ("int4", 4, False), ("int8", 4, True),
+    ],
+)  # fmt: skip
+def test_what_is_followed(precision: str, level: int, expected: bool) -> None:
+    assert follows(parse_precision(precision, accuracy_level=level)) is expected
 
 
-def test_int8_sums_of_int4_products_are_not_followed(lively_source: Source) -> None:
-    assert stored_source(lively_source, parse_precision("int4", accuracy_level=4)) is None
-    assert stored_source(lively_source, parse_precision("int8", accuracy_level=4)) is not None
-
-
-def test_the_model_itself_is_left_alone(lively_source: Source) -> None:
-    before = {name: weight.clone() for name, weight in lively_source.model.state_dict().items()}
-    stored = stored_source(lively_source, parse_precision("int4"))
-    assert stored is not None
-    after = lively_source.model.state_dict()
-    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
-    assert not torch.equal(stored.model.lm_head.weight, stored.model.get_input_embeddings().weight), "a tied embedding keeps bits of its own"
+def test_the_models_weights_become_the_files(lively_vlm: Path, bundle_of: Callable[[str], Path]) -> None:
+    source, original = load_source(lively_vlm), load_source(lively_vlm)
+    store_weights(source, parse_precision("int4"), bundle_of("int4") / "onnx" / "decoder_model_merged_q4.onnx")
+    change = {name: float((weight - original.model.state_dict()[name]).norm() / weight.norm()) for name, weight in source.model.state_dict().items()}
+    down, embedding = "model.text_model.layers.0.mlp.down_proj.weight", "model.text_model.embed_tokens.weight"
+    assert change[down] == pytest.approx(0.08, rel=0.3)
+    assert change[embedding] == pytest.approx(0.007, rel=0.5)
+    assert change["lm_head.weight"] == pytest.approx(0.08, rel=0.3), "a tied embedding keeps bits of its own"
+    assert change["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(0.006, rel=0.5)
+    assert change["model.vision_model.embeddings.patch_embedding.weight"] == change["model.text_model.norm.weight"] == 0
+    codes, scales = int4_blocks(original.model.get_parameter(down).detach().numpy(), 32)
+    kept = source.model.get_parameter(down)
+    np.testing.assert_array_equal(kept.numpy(), dequantize_int4(codes, scales, kept.shape[1]))
