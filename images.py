@@ -92,7 +92,8 @@ def _check_size(image: Image.Image, name: str) -> None:
 def _name(source: ImageSource) -> str:
     if isinstance(source, bytes):
         return f"an image of {len(source)} bytes"
-    return str(source) if isinstance(source, Path | str) else "an image"
+    # Where a path is expected, some files hold a picture's base64.
+    return str(source)[-256:] if isinstance(source, Path | str) else "an image"
 
 
 def _one_line(error: Exception) -> str:

@@ -39,31 +39,64 @@ class Sample:
         return f"{self.question}\n{options}\nAnswer with the letter."
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no question: its place in the file, counted from 1, and what is wrong with it, file and row named."""
+
+    number: int
+    message: str
+
+
 def read_samples(path: Path | str, limit: int | None = None, need_answers: bool = True) -> list[Sample]:
     """Read the questions in `path`, chosen by its suffix: .jsonl, .json, .parquet or .tsv.
 
     Raises DataError, naming file and row, for a missing file, a row without a question or (with `need_answers`) without an
     answer, an unknown metric, choices that the answer is none of, or an id that occurs twice.
     """
+    samples: list[Sample] = []
+    for row in read_rows(path, need_answers):
+        if isinstance(row, BadRow):
+            raise DataError(row.message)
+        samples.append(row)
+        if limit is not None and len(samples) >= limit:
+            break
+    return samples
+
+
+def read_rows(path: Path | str, need_answers: bool = True) -> Iterator[Sample | BadRow]:
+    """Every row of `path` in its order, or what is wrong with it. Raises DataError for a file that has none or can't be read."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no file of questions at {path}; expected a .jsonl, .json, .parquet or .tsv file there")
     if path.suffix not in _READERS:
         raise DataError(f"{path} ends in '{path.suffix}'; expected one of {', '.join(_READERS)}")
-    samples: list[Sample] = []
     seen: set[str] = set()
+    number = 0
     for number, row in enumerate(_rows(path), start=1):
-        sample = _sample(row, path, number, need_answers)
-        _check_choices(sample, f"{path} row {number}")
-        if sample.id in seen:
-            raise DataError(f"{path} row {number}: the id '{sample.id}' occurs twice; ids name rows in caches and reports, make them distinct")
-        seen.add(sample.id)
-        samples.append(sample)
-        if limit is not None and len(samples) >= limit:
-            break
-    if not samples:
+        try:
+            found: Sample | BadRow = _question(row, path, number, need_answers, seen)
+        except DataError as error:
+            found = BadRow(number, str(error))
+        yield found
+    if not number:
         raise DataError(f"{path} holds no questions; expected at least one row")
-    return samples
+
+
+def _question(row: Any, path: Path, number: int, need_answers: bool, seen: set[str]) -> Sample:
+    """The question in a row, its id added to those `seen`; a reader may give an error as a row."""
+    if isinstance(row, DataError):
+        raise row
+    where = f"{path} row {number}"
+    sample = _sample(row, path, number, need_answers)
+    _check_choices(sample, where)
+    try:
+        "".join((sample.id, sample.prompt, *sample.answers)).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: its text is not UTF-8, or holds half a character; expected whole characters in UTF-8, save it so") from None
+    if sample.id in seen:
+        raise DataError(f"{where}: the id '{sample.id[:80]}' occurs twice; ids name rows in caches and reports, make them distinct")
+    seen.add(sample.id)
+    return sample
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -97,7 +130,7 @@ def _sample(row: Any, path: Path, number: int, need_answers: bool) -> Sample:
         raise DataError(f"{where}: no answer; expected a string or a list of strings under 'answer', add one or remove the row")
     metric = row.get("metric") or ("choice" if choices else "exact")
     if metric not in METRICS:
-        raise DataError(f"{where}: unknown metric '{metric}'; expected one of {', '.join(METRICS)}")
+        raise DataError(f"{where}: unknown metric '{str(metric)[:40]}'; expected one of {', '.join(METRICS)}")
     images = tuple(_image(image, path, where) for image in _as_list(row.get("images", row.get("image"))))
     return Sample(str(row.get("id", number - 1)), images, question, answers, metric, choices)
 
@@ -138,7 +171,8 @@ def _from_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: the conversation is no list of turns; expected objects with 'role' and 'content', or 'from' and 'value'")
     images, texts = list(_as_list(row.get("images", row.get("image")))), {"user": "", "assistant": ""}
     for turn in turns:
-        role = turn.get("role") or {"human": "user", "gpt": "assistant"}.get(turn.get("from"), turn.get("from"))
+        role = str(turn.get("role") or turn.get("from"))
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)
         if role in texts and not texts[role]:
             text, found = _content(turn.get("content", turn.get("value")), where)
             texts[role] = text.replace("<image>", "").strip()
@@ -167,20 +201,23 @@ def _content(content: Any, where: str) -> tuple[str, list[Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig") as lines:
+    # Bytes that are no UTF-8 are the row's trouble, not the file's.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path} line {number} is not valid JSON ({error}); expected one object a line") from None
+                except (ValueError, RecursionError) as error:
+                    yield DataError(f"{path} line {number} is not valid JSON ({str(error)[:120]}); expected one object a line")
 
 
 def _read_json(path: Path) -> Iterable[Any]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); expected a list of rows") from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({str(error)[:120]}); expected a list of rows") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} holds {type(rows).__name__}; expected a list of rows")
     return rows

@@ -35,27 +35,34 @@ PUBLISHED = {
 }
 
 
-def read_tsv(path: Path) -> Iterator[dict[str, Any]]:
+def read_tsv(path: Path) -> Iterator[dict[str, Any] | DataError]:
     """The rows as `read_samples` takes them: id, images (bytes or paths), question, answer, choices, metric.
 
     Columns read: index; image (base64, a list of them, or the index of the row that holds it) or image_path; hint; question; A, B, C …; answer (a
-    string or a list of accepted ones); metric. Raises DataError, naming the row, for an image that is no base64 and for options with a gap.
+    string or a list of accepted ones); metric. A row with an image that is no base64, or with options with a gap, is given as the error that names it.
     """
-    metric, instruction = next((value for name, value in PUBLISHED.items() if path.name.startswith(name)), (None, ""))
     csv.field_size_limit(sys.maxsize)
     seen: dict[str, list[bytes]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as lines:
+    # Bytes that are no UTF-8 are the row's trouble, not the file's.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=1):
-            where, index = f"{path} row {number}", row.get("index") or str(number - 1)
-            choices = _choices(row, where)
-            yield {
-                "id": index,
-                "images": _images(row, index, seen, where),
-                "question": _question(row, "" if choices else instruction),
-                "answer": _listed(row.get("answer")),
-                "choices": choices,
-                "metric": row.get("metric") or (None if choices else metric),
-            }
+            try:
+                yield _row(row, row.get("index") or str(number - 1), seen, path, f"{path} row {number}")
+            except DataError as error:
+                yield error
+
+
+def _row(row: Mapping[str, Any], index: str, seen: dict[str, list[bytes]], path: Path, where: str) -> dict[str, Any]:
+    metric, instruction = next((value for name, value in PUBLISHED.items() if path.name.startswith(name)), (None, ""))
+    choices = _choices(row, where)
+    return {
+        "id": index,
+        "images": _images(row, index, seen, where),
+        "question": _question(row, "" if choices else instruction),
+        "answer": _listed(row.get("answer")),
+        "choices": choices,
+        "metric": row.get("metric") or (None if choices else metric),
+    }
 
 
 def decode_base64(text: str, where: str) -> bytes:

@@ -26,7 +26,7 @@ from ..errors import RecipeError
 from ..files import read_json, sha256_file, write_json
 from ..page import Table
 from ..progress import say
-from ..samples import Sample, read_samples
+from ..samples import Sample
 from . import models, ranks
 from .claims import answers_values, digest, locked
 from .evaluate import greedy_answers, scores
@@ -34,7 +34,7 @@ from .families import family_of
 from .inputs import Encoder
 from .recipe import Recipe, read_recipe
 from .report import write_report
-from .skipped import SKIPPED, read_skipped, write_skipped
+from .skipped import SKIPPED, read_file, read_skipped, write_skipped
 from .stages import distill
 
 UNTOUCHED = "untouched student"
@@ -94,7 +94,7 @@ def ablate(config: AblateConfig) -> Ablation:
     arms = dict(plan_arms(config.vary, config.alone))
     runs = [run for name, arm in arms.items() for run in plan_runs(config, base, name, arm)]
     data = config.data or base.data.validation
-    samples = read_samples(data)
+    samples = read_file(data).samples
     with locked(base.out, "an ablation"):
         looked: dict[Any, Path] = {}
         for run in runs:

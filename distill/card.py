@@ -10,18 +10,27 @@ from typing import Any
 import yaml
 
 from ..files import read_json
-from .recipe import Recipe
+from .recipe import Recipe, recipe_values
 from .skipped import SKIPPED, Skipped, counted, read_skipped
 from .validation import Measured
 
 SETTINGS = ("preset", "answers", "mask", "objective", "train", "lora", "longest", "seed")  # of the recipe, in the card
-# Of these a folder says nothing that anyone else could use.
-LOCAL = {"endpoint", "vllm", "processes"}
+# What of a recipe says nothing that anyone else could use: places, and addresses of servers.
+LOCAL = {"endpoint", "vllm", "processes", "out", "buffer", "machine", "track", "project"}
 
 
-def model_card(recipe: Recipe, values: dict[str, Any], model_type: str, found: Measured) -> str:
-    """The card's text; `values` are the recipe's plain ones."""
-    name, base = recipe.out.name, hub_name(recipe.student)
+def portable_values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values as a student carries them: models and files by their names alone, nothing of the machine that trained it."""
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: kept(value) if isinstance(value, dict) else value for key, value in values.items() if key not in LOCAL}
+
+    return kept(recipe_values(recipe, hub_name))
+
+
+def model_card(recipe: Recipe, model_type: str, found: Measured) -> str:
+    """The card's text."""
+    values, name, base = portable_values(recipe), recipe.out.name, hub_name(recipe.student)
     head = yaml.safe_dump(_metadata(recipe, name, base, model_type, found), sort_keys=False, allow_unicode=True)
     teachers = ", then ".join(f"`{hub_name(teacher.model)}`" for teacher in recipe.teachers)
     return "\n".join(
@@ -32,7 +41,7 @@ def model_card(recipe: Recipe, values: dict[str, Any], model_type: str, found: M
             *_training(recipe),
             *_data(recipe),
             "## Recipe\n",
-            f"```yaml\n{yaml.safe_dump(_settings(values), sort_keys=False)}```\n",
+            f"```yaml\n{yaml.safe_dump({key: values[key] for key in SETTINGS if values.get(key) is not None}, sort_keys=False)}```\n",
             *_limits(recipe, found),
         ]
     )
@@ -104,11 +113,6 @@ def _data(recipe: Recipe) -> list[str]:
 
 def _left_out(skipped: Sequence[Skipped]) -> str:
     return f"{len(skipped):,} ({counted(skipped)})" if skipped else "0"
-
-
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: values[key] for key in SETTINGS if values.get(key) is not None}
-    return {key: {k: v for k, v in value.items() if k not in LOCAL} if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _limits(recipe: Recipe, found: Measured) -> list[str]:

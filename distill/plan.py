@@ -18,7 +18,7 @@ import torch
 
 from ..errors import DataError, ImageError, LengthError, RecipeError
 from ..progress import say
-from ..samples import Sample, read_samples
+from ..samples import Sample
 from . import models, ranks
 from .families import family_of
 from .inputs import Encoder
@@ -27,6 +27,7 @@ from .parallel import sharding
 from .recipe import Recipe
 from .shares import Share, plan_run, plan_shares
 from .signal import FORWARD_TOKENS
+from .skipped import read_file
 from .stages import distill
 from .train import NORMS_EVERY, has_both_parts
 
@@ -127,7 +128,7 @@ def estimate(recipe: Recipe) -> Plan:
     """The plan of a recipe, whether it fits or not."""
     student = _model(recipe.student)
     teachers = [_model(teacher.model) for teacher in recipe.teachers]
-    samples = read_samples(recipe.data.train, recipe.data.limit)
+    samples = read_file(recipe.data.train, recipe.data.limit).samples
     longest = models.longest_prompt([m.config for m in (student, *teachers)], recipe.longest, recipe.answers.max_tokens)
     encoder = Encoder(models.load_processor(recipe.student), longest, positions=family_of(student.config.model_type).positions)
     prompts = measure(samples, encoder, student.config)

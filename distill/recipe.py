@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -42,7 +42,7 @@ class Data:
     train: Path
     validation: Path
     limit: int | None = None
-    max_skipped: float = 0.1  # share of a file's questions that may be unusable: an image that can't be read, a prompt that is too long
+    max_skipped: float = 0.1  # share of a file's questions that may be unusable: no question, an image that can't be read, a prompt that is too long
 
 
 @dataclass(frozen=True)
@@ -266,15 +266,15 @@ def build_recipe(raw: Mapping[str, Any], folder: Path = Path()) -> Recipe:
     return recipe
 
 
-def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The plain values of a resolved recipe, for recipe.yaml and comparisons."""
+def recipe_values(recipe: Recipe, path_name: Callable[[Path], str] = str) -> dict[str, Any]:
+    """The plain values of a resolved recipe, for recipe.yaml and comparisons; `path_name` says how paths are written."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
+        return path_name(value) if isinstance(value, Path) else value
 
     values = plain(dataclasses.asdict(recipe))
     assert isinstance(values, dict)

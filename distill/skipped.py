@@ -1,6 +1,7 @@
 """Questions that can't be used: found once, before any work, so that one bad row neither stops a run in its middle nor changes how it continues.
 
-A row is skipped for an image that is missing or damaged, for more tokens than are read (it is never cut), or for what the processor refuses.
+A row is skipped for not being a question at all, for an image that is missing or damaged, for more tokens than are read (it is never cut), or for what
+the processor refuses.
 Every image is decoded, once; lengths are computed from the images' sizes, and a prompt is encoded only where that leaves a doubt.
 """
 
@@ -19,12 +20,13 @@ from ..errors import DataError, ImageError, LengthError, RunError
 from ..files import write_text
 from ..images import open_image
 from ..progress import bar, say
-from ..samples import Sample
+from ..samples import BadRow, Sample, read_rows
 from . import ranks
 from .inputs import Encoder
 
 SKIPPED = "skipped.jsonl"  # in the run folder
-REASONS = ("missing image", "damaged image", "too long", "refused by the processor")
+MALFORMED = "malformed row"
+REASONS = ("missing image", "damaged image", "too long", "refused by the processor", MALFORMED)
 AT_ONCE = 256  # questions
 DOUBT = 64  # tokens below the limit from which on a computed length is checked by encoding the prompt
 PROBES = 4  # questions whose computed lengths must be exact before the others of as many images are believed
@@ -34,20 +36,35 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of questions and what was read from it."""
+    """A file of questions and what was read from it: its questions, and rows that are none."""
 
     path: Path
     samples: Sequence[Sample]
+    bad: Sequence[BadRow] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that is not used: in which file ('train' or 'validation'), its id, one of REASONS, and what was found."""
+    """A row that is not used: in which file ('train' or 'validation'), its id ('row 7' if it is no question), one of REASONS, and what was found."""
 
     file: str
     id: str
     reason: str
     message: str
+
+
+def read_file(path: Path, limit: int | None = None) -> DataFile:
+    """The questions in a file, the first `limit` of them, and the rows among them that are none. Raises DataError for a file that can't be read."""
+    samples: list[Sample] = []
+    bad: list[BadRow] = []
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        samples.append(row)
+        if len(samples) == limit:
+            break
+    return DataFile(path, samples, bad)
 
 
 def look_through(path: Path, files: Mapping[str, DataFile], encoder: Encoder, longest: int | None, most: float) -> list[Skipped]:
@@ -64,17 +81,19 @@ def look_through(path: Path, files: Mapping[str, DataFile], encoder: Encoder, lo
     threads = max(1, (os.cpu_count() or 1) // ranks.count())
     checked = _check_all([rows[i] for i in places], encoder, longest, threads)
     found = [(place, skipped) for place, skipped in zip(places, checked, strict=True) if skipped]
-    all_skipped = [skipped for _, skipped in sorted(chain(*ranks.gathered(found)), key=lambda pair: pair[0])]
+    all_skipped = [Skipped(name, f"row {row.number}", MALFORMED, row.message) for name, file in files.items() for row in file.bad]
+    all_skipped += [skipped for _, skipped in sorted(chain(*ranks.gathered(found)), key=lambda pair: pair[0])]
     for name, file in files.items():
         mine = [row for row in all_skipped if row.file == name]
         _refuse_many(mine, file, most)
         if mine and ranks.is_main():
-            say(f"{len(mine):,} of {len(file.samples):,} {name} questions are skipped: {counted(mine)}; their ids stand in {path}")
+            count = len(file.samples) + len(file.bad)
+            say(f"{len(mine):,} of {count:,} {name} questions are skipped: {counted(mine)}; their ids stand in {path}")
     return all_skipped
 
 
 def _refuse_many(skipped: Sequence[Skipped], file: DataFile, most: float) -> None:
-    count = len(file.samples)
+    count = len(file.samples) + len(file.bad)
     if skipped and (len(skipped) > most * count or len(skipped) == count):
         raise DataError(
             f"{len(skipped):,} of {count:,} questions in {file.path} can't be used ({counted(skipped)}); "
@@ -95,7 +114,7 @@ def counted(skipped: Sequence[Skipped]) -> str:
 
 def without(samples: Sequence[Sample], name: str, skipped: Sequence[Skipped]) -> list[Sample]:
     """The questions of the file `name` that are used."""
-    left_out = {row.id for row in skipped if row.file == name}
+    left_out = {row.id for row in skipped if row.file == name and row.reason != MALFORMED}
     return [sample for sample in samples if sample.id not in left_out]
 
 
@@ -141,7 +160,7 @@ def _check(name: str, sample: Sample, sizes: list[Size] | ImageError, encoder: E
 
 def _reason(sample: Sample, error: DataError) -> str:
     if isinstance(error, ImageError):
-        return REASONS[0] if any(isinstance(image, Path) and not image.is_file() for image in sample.images) else REASONS[1]
+        return REASONS[0] if any(isinstance(image, Path) and not os.path.isfile(image) for image in sample.images) else REASONS[1]
     return REASONS[2] if isinstance(error, LengthError) else REASONS[3]
 
 

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from ..errors import RecipeError, RunError
 from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
-from ..samples import Sample, read_samples
+from ..samples import Sample
 from . import lora, models, ranks
 from .agreement import Judged, judged, write_agreement
 from .answers import Asking, Source, collect
 from .buffer import check_failures, image_digests
-from .card import model_card
+from .card import model_card, portable_values
 from .checkpoint import read_checkpoint, set_weights
 from .claims import answers_values, claim, claim_file, digest, locked
 from .engines import Weights, check_names, open_engine
@@ -44,12 +44,12 @@ from .mask_trial import judge_trial, measure, trial_questions
 from .masked_teacher import MaskedTeacher, masked
 from .materialize import write_masked
 from .parallel import sharding
-from .recipe import Recipe, recipe_values
+from .recipe import Recipe
 from .report import write_report
 from .responses import DistinctResponse, Response, distinct
 from .shares import Share, plan_run, plan_shares, teacher_sources
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
-from .skipped import SKIPPED, DataFile, counted, counts, look_through, without, write_skipped
+from .skipped import SKIPPED, counted, counts, look_through, read_file, without, write_skipped
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer
 from .validation import Measured, measured, validate
@@ -104,7 +104,7 @@ class _Run:
         self.recipe, self.out = recipe, recipe.out
         check_installed(recipe.track)
         data = recipe.data
-        files = {"train": DataFile(data.train, read_samples(data.train, data.limit)), "validation": DataFile(data.validation, read_samples(data.validation))}
+        files = {"train": read_file(data.train, data.limit), "validation": read_file(data.validation)}
         for teacher in recipe.teachers:
             models.check_pair(teacher.model, recipe.student)
         sizes = [models.count_weights(teacher.model) for teacher in recipe.teachers]
@@ -361,8 +361,8 @@ class _Run:
         student = self._trained_student(self.recipe.train.keep, self.out / "adapter" if self.recipe.lora and self.recipe.lora.keep_adapter else None)
         with whole_folder(target) as part:
             self._write_model(student, part)
-            write_json(part / "masters_recipe.json", recipe_values(self.recipe))
-            (part / "README.md").write_text(model_card(self.recipe, recipe_values(self.recipe), student.config.model_type, found), encoding="utf-8")
+            write_json(part / "masters_recipe.json", portable_values(self.recipe))
+            (part / "README.md").write_text(model_card(self.recipe, student.config.model_type, found), encoding="utf-8")
         say(f"student written to {target}")
 
     def _write_model(self, model: Any, folder: Path) -> None:

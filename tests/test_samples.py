@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 
 from masters.errors import DataError
 from masters.images import open_image
-from masters.samples import METRICS, Sample, read_samples, sample_row
+from masters.samples import METRICS, BadRow, Sample, read_rows, read_samples, sample_row
 
 COLOURS = {"red": (220, 0, 0), "blue": (0, 0, 220)}
 
@@ -202,7 +203,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
     "unknown suffix": ("q.xlsx", lambda p: write(p, "x"), ["ends in '.xlsx'", ".parquet"]),
     "empty file": ("q.jsonl", lambda p: write(p, ""), ["holds no questions", "at least one row"]),
     "broken line": ("q.jsonl", lambda p: write(p, json.dumps(ROW) + '\n{"id": '), ["line 2 is not valid JSON", "one object a line"]),
-    "no UTF-8": ("q.jsonl", lambda p: write(p, b'{"question": "\xff\xfe"}\n'), ["UTF-8"]),
+    "half a character": ("q.jsonl", lambda p: write_jsonl(p, {**ROW, "question": "\ud83d?"}), ["row 1", "UTF-8", "half a character"]),
+    "a number without end": ("q.jsonl", lambda p: write(p, '{"id": ' + "9" * 5000 + "}"), ["line 1 is not valid JSON"]),
+    "nested without end": ("q.jsonl", lambda p: write(p, "[" * 100_000), ["line 1 is not valid JSON"]),
+    "nested json without end": ("q.json", lambda p: write(p, "[" * 100_000), ["is not valid JSON", "a list of rows"]),
+    "no UTF-8": ("q.jsonl", lambda p: write(p, b'{"question": "\xff\xfe", "answer": "a"}\n'), ["row 1", "UTF-8"]),
     "no UTF-8 json": ("q.json", lambda p: write(p, b'[{"question": "\xff\xfe"}]'), ["UTF-8"]),
     "broken json": ("q.json", lambda p: write(p, "[{]"), ["is not valid JSON", "a list of rows"]),
     "json object": ("q.json", lambda p: write(p, "{}"), ["holds dict", "a list of rows"]),
@@ -233,7 +238,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], list[str]]] = {
         ),
         ["row 1", "image_url"],
     ),
-    "no UTF-8 tsv": ("q.tsv", lambda p: write(p, b"index\timage\tquestion\tanswer\n0\t\xff\tq\ta\n"), ["UTF-8"]),
+    "no UTF-8 tsv": ("q.tsv", lambda p: write(p, b"index\timage\tquestion\tanswer\n0\tAAAA\t\xff\ta\n"), ["row 1", "UTF-8"]),
     "no parquet": ("q.parquet", lambda p: write(p, b"PAR1 nothing"), ["no whole parquet file", "write it again"]),
     "tsv, bad image": ("q.tsv", lambda p: write_tsv(p, {"index": "0", "image": "99", "question": "q", "answer": "a"}), ["row 1", "base64"]),
     "tsv, no image": ("q.tsv", lambda p: write_tsv(p, {"index": "0", "image": "", "question": "q", "answer": "a"}), ["row 1", "no image"]),
@@ -256,6 +261,58 @@ def test_bad_input_is_one_line(tmp_path: Path, case: str) -> None:
     assert name in message
     for words in expected:
         assert words in message
+
+
+def test_good_rows_are_read_whatever_stands_between_them(folder: Path) -> None:
+    path = folder / "q.jsonl"
+    between = ['{"id": ', json.dumps(without("question")), json.dumps(ROW), "7", '{"question": "\\ud800", "answer": "x", "images": []}']
+    lines: list[bytes] = [json.dumps(ROW).encode()]
+    for number, line in enumerate(between):
+        lines += [line.encode(), json.dumps({**ROW, "id": str(number)}).encode()]
+    lines += [b'{"question": "\xff", "answer": "x", "images": []}', json.dumps({**ROW, "id": "last"}).encode()]
+    path.write_bytes(b"\n".join(lines))
+    rows = list(read_rows(path))
+    assert [row.id for row in rows if isinstance(row, Sample)] == ["a", "0", "1", "2", "3", "4", "last"]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    assert [row.number for row in bad] == [2, 4, 6, 8, 10, 12]
+    for row, words in zip(bad, ("not valid JSON", "no question", "id 'a' occurs twice", "found int", "half a character", "UTF-8"), strict=True):
+        assert words in row.message
+        assert f"{path} " in row.message
+        assert f" {row.number}" in row.message
+
+
+def test_a_bad_image_in_a_table_is_its_rows_trouble(folder: Path) -> None:
+    good, row = base64.b64encode(png("red")).decode(), {"question": "q", "answer": "a"}
+    path = write_tsv(folder / "q.tsv", {"index": "0", "image": "@", **row}, {"index": "1", "image": good, **row}, {"index": "2", "image": "0", **row})
+    first, sample, third = read_rows(path)
+    assert isinstance(sample, Sample)
+    assert shown(sample) == ["red"]
+    for bad in (first, third):  # the third shares the first one's image
+        assert isinstance(bad, BadRow)
+        assert "base64" in bad.message
+
+
+def test_rows_of_anything_are_questions_or_bad(folder: Path) -> None:
+    rng = random.Random(0)
+    words = ["images", "image", "question", "answer", "choices", "metric", "id", "messages", "conversations", "role", "from", "content", "type", "text", "user"]
+
+    plain = (None, 3, 0.5, True, "", "exact", "text", "\x00", "data:,", "\udc80")
+
+    def anything(depth: int) -> Any:
+        kind = rng.randrange(3 if depth else 1)
+        if kind == 0:
+            return rng.choice(plain)
+        held = [anything(depth - 1) for _ in range(rng.randrange(4))]
+        return held if kind == 1 else {rng.choice(words): value for value in held}
+
+    rows = [{**ROW, "id": str(i), **{word: anything(4) for word in rng.sample(words[:9], rng.randrange(1, 4))}} for i in range(3000)]
+    path = folder / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(read_rows(path))
+    assert len(found) == 3000
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert 300 < len(bad) < 2700
+    assert all("\n" not in row.message and "; " in row.message for row in bad)
 
 
 def test_truncated_parquet(folder: Path) -> None:

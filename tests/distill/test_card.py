@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from masters.bootstrap import Interval
 from masters.distill.card import hub_name, model_card
-from masters.distill.recipe import Recipe, build_recipe, recipe_values
+from masters.distill.recipe import Recipe, build_recipe
 from masters.distill.skipped import Skipped, write_skipped
 from masters.distill.validation import Measured
 
@@ -43,7 +43,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def card(recipe: Recipe) -> ModelCard:
-    return ModelCard(model_card(recipe, recipe_values(recipe), "qwen3_vl", FOUND))
+    return ModelCard(model_card(recipe, "qwen3_vl", FOUND))
 
 
 def test_hugging_face_reads_the_metadata(recipe: Recipe):

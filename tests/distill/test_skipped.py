@@ -13,7 +13,7 @@ from PIL import Image
 
 from masters.distill import skipped
 from masters.distill.inputs import Encoder
-from masters.distill.skipped import DataFile, Skipped, counted, counts, look_through, without, write_skipped
+from masters.distill.skipped import DataFile, Skipped, counted, counts, look_through, read_file, without, write_skipped
 from masters.errors import DataError, RunError
 from masters.samples import Sample
 
@@ -127,6 +127,35 @@ def test_too_many_bad_rows_are_refused_with_their_reasons(processor: Any, sample
         look(encoder, tmp_path, samples, absent, most=1.0)
     with pytest.raises(DataError, match=r"1 of 40 .*at most 0%"):
         look(encoder, tmp_path, absent[:1] + samples[1:], [], most=0.0)
+
+
+def test_rows_that_are_no_questions_are_counted_with_the_others(processor: Any, questions: Path, tmp_path: Path):
+    lines = (questions / "train.jsonl").read_text().splitlines()[:6]
+    rows = [json.loads(line) | {"images": []} for line in lines]
+    spoilt = ['{"id": ', *map(json.dumps, rows), json.dumps(rows[2]), json.dumps(rows[0] | {"id": "blank", "question": " "})]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(spoilt))
+    file = read_file(path)
+    assert ([sample.id for sample in file.samples], [row.number for row in file.bad]) == ([row["id"] for row in rows], [1, 8, 9])
+    assert [len(read_file(path, limit).bad) for limit in (1, 6)] == [1, 1], "what stands behind the limit is not looked at"
+    found = look_through(tmp_path / "skipped.jsonl", {"train": file}, Encoder(processor), None, 0.4)
+    assert [(row.id, row.reason) for row in found] == [("row 1", "malformed row"), ("row 8", "malformed row"), ("row 9", "malformed row")]
+    assert counts(found) == {"malformed row": 3}
+    # The second of two rows with one id goes, the first stays.
+    assert without(file.samples, "train", [*found, Skipped("train", rows[5]["id"], "too long", "")]) == file.samples[:5]
+    with pytest.raises(DataError, match=r"3 of 9 questions in \S+ can't be used \(malformed row 3\); at most 30% .*train.jsonl line 1 is not valid JSON"):
+        look_through(tmp_path / "skipped.jsonl", {"train": file}, Encoder(processor), None, 0.3)
+    path.write_text("{}\n[]\n")
+    with pytest.raises(DataError, match=r"2 of 2 questions in \S+ can't be used"):
+        look_through(tmp_path / "skipped.jsonl", {"train": read_file(path)}, Encoder(processor), None, 1.0)
+
+
+def test_text_in_place_of_a_path_is_a_missing_image(processor: Any, samples: list[Sample], tmp_path: Path):
+    """A picture's base64 without 'data:' before it, as some files have it, is a path longer than any."""
+    rows = [dataclasses.replace(samples[0], id=name, images=(tmp_path / name,)) for name in ("A" * 70_000, "nul\0", "half\ud800")]
+    found = look(Encoder(processor), tmp_path, [*samples, *rows], [])
+    assert [row.reason for row in found] == ["missing image"] * 3
+    assert all(len(row.message) < 500 for row in found)
 
 
 def test_what_was_decided_stays(processor: Any, samples: list[Sample], tmp_path: Path):

@@ -110,7 +110,11 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     assert ours.chat_template == theirs.chat_template
     assert ours.image_processor.to_dict() == theirs.image_processor.to_dict()
-    assert json.loads((out / "student" / "masters_recipe.json").read_text())["preset"] == preset
+    carried = json.loads((out / "student" / "masters_recipe.json").read_text())
+    assert (carried["preset"], carried["student"], carried["data"]["train"]) == (preset, models.student.name, "train.jsonl")
+    texts = [path.read_text() for path in (out / "student").iterdir() if path.suffix in (".json", ".md", ".jinja", ".txt")]
+    assert len(texts) > 4
+    assert not any(str(place) in text for text in texts for place in (models.student.parent, out.parent)), "no path of this machine"
 
 
 def test_the_run_folder_says_what_was_done(raw: dict[str, Any]):
@@ -390,7 +394,10 @@ def test_a_loss_that_is_no_number_names_the_questions_and_keeps_the_last_checkpo
 
 @pytest.fixture
 def spoilt(raw: dict[str, Any], questions: Path, tmp_path: Path) -> dict[str, Any]:
-    """The recipe on 40 questions and 8 of validation, of which two and one can't be used: an image cut short, one missing, a question too long."""
+    """The recipe on 40 questions and 8 of validation, of which two and one can't be used: an image cut short, one missing, a question too long.
+
+    Two lines more are no questions: one that was cut, and one that stands there a second time.
+    """
     data = tmp_path / "data"
     shutil.copytree(questions, data)
     paths = {name: data / f"{name}.jsonl" for name in ("train", "validation")}
@@ -401,6 +408,8 @@ def spoilt(raw: dict[str, Any], questions: Path, tmp_path: Path) -> dict[str, An
     validation[2]["question"] *= 200
     for path, rows in zip(paths.values(), (train, validation), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(paths["train"], "a") as lines:
+        lines.write(json.dumps(train[0]) + "\n" + json.dumps(train[1])[:-9])
     return raw | {"data": {name: str(path) for name, path in paths.items()} | {"max_skipped": 0.2}, "train": raw["train"] | {"questions_per_step": 10}}
 
 
@@ -408,11 +417,12 @@ def spoilt(raw: dict[str, Any], questions: Path, tmp_path: Path) -> dict[str, An
 def test_rows_that_cant_be_used_are_left_out_everywhere(preset: str, spoilt: dict[str, Any], capfd: pytest.CaptureFixture[str]):
     out = distill(recipe_of(spoilt, preset=preset))
     rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    assert [(row["file"], row["reason"]) for row in rows] == [("train", "damaged image"), ("train", "missing image"), ("validation", "too long")]
+    bad = [("train", "malformed row")] * 2
+    assert [(row["file"], row["reason"]) for row in rows] == [*bad, ("train", "damaged image"), ("train", "missing image"), ("validation", "too long")]
     plan = json.loads((out / "plan.json").read_text())
-    assert plan["skipped"] == {"train": {"missing image": 1, "damaged image": 1}, "validation": {"too long": 1}}
+    assert plan["skipped"] == {"train": {"missing image": 1, "damaged image": 1, "malformed row": 2}, "validation": {"too long": 1}}
     assert (sum(stage["questions"] for stage in plan["stages"]), plan["validation"]) == (38, 7)
-    assert "2 of 40 train questions are skipped: missing image 1, damaged image 1; their ids stand in" in capfd.readouterr().err
+    assert "4 of 42 train questions are skipped: missing image 1, damaged image 1, malformed row 2; their ids stand in" in capfd.readouterr().err
     assert not {row["id"] for row in rows} & {row["sample"] for row in answers_of(out)}
     assert sum(row["questions"] for row in rows_of(out, "step")) == 38
     accuracy = rows_of(out, "evaluation")[0]["validation_accuracy"]
@@ -438,9 +448,9 @@ def test_a_run_continues_with_the_rows_that_it_began_with(spoilt: dict[str, Any]
 
 def test_more_bad_rows_than_the_recipe_allows_stop_the_run_before_it_begins(spoilt: dict[str, Any]):
     with pytest.raises(
-        DataError, match=r"2 of 40 questions in .*train\.jsonl can't be used \(missing image 1, damaged image 1\); at most 4% are skipped"
+        DataError, match=r"4 of 42 questions in .*train\.jsonl can't be used \(missing image 1, damaged image 1, malformed row 2\); at most 9% are skipped"
     ) as caught:
-        distill(recipe_of(spoilt, data__max_skipped=0.04))
+        distill(recipe_of(spoilt, data__max_skipped=0.09))
     one_line(caught)
     assert not Path(spoilt["out"]).exists()
     distill(recipe_of(spoilt), until="check")
