@@ -13,6 +13,7 @@ BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character, or n
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+_AS_LATIN = {ord(character): byte for character, byte in BYTE_OF.items()}
 
 
 class TextStream:
@@ -22,8 +23,10 @@ class TextStream:
     one that the last token leaves unfinished is dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), lead: str | None = None) -> None:
+        """`lead` is all that is left out at the very start; None leaves out white space of any kind."""
         self.tokenizer = tokenizer
+        self.lead = lead
         self.stop = tuple(text for text in stop if text)
         self.stopped = False  # a stop string came; the text ends before it
         self._ids: list[int] = []
@@ -66,7 +69,7 @@ class TextStream:
     def _release(self, count: int) -> str:
         piece, self._held = self._held[:count], self._held[count:]
         if not self._begun:
-            piece = piece.lstrip()
+            piece = piece.lstrip() if self.lead is None else piece.removeprefix(self.lead)
             self._begun = bool(piece)
         return piece
 
@@ -88,8 +91,8 @@ class TokenBytes:
         text = self.tokenizer.id_to_token(token) or ""  # a vocabulary may be padded with ids that mean nothing
         if token in self.special:
             return b""
-        if self.bytewise and all(character in BYTE_OF for character in text):
-            return bytes(BYTE_OF[character] for character in text)
+        if self.bytewise and BYTE_OF.keys() >= set(text):
+            return text.translate(_AS_LATIN).encode("latin-1")
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", text):  # SentencePiece's form
             return bytes.fromhex(byte[1])
         return text.replace("▁", " ").encode()

@@ -16,13 +16,15 @@ from typing import Any
 from ..errors import ImageError, RequestError
 from ..images import MAX_PIXELS, image_size
 from .chat import Message, text_message
+from .options import Options
+from .response_format import FIELDS as FORMATS
+from .response_format import read_format
 from .sampling import Sampling
-from .session import Options
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 READ = (
     *("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
-    *("n", "stream", "stream_options", "logprobs", "top_logprobs"),
+    *("n", "stream", "stream_options", "logprobs", "top_logprobs", *FORMATS),
 )
 # They steer OpenAI's own service, not the answer.
 IGNORED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls")
@@ -37,7 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -122,7 +123,7 @@ def _options(raw: dict[str, Any], limits: Limits) -> Options:
         # Random generators take no negative seeds; OpenAI's are signed.
         seed=_whole(raw, "seed", 0, -(2**63), 2**63 - 1) % 2**64 if "seed" in raw else None,
     )
-    return Options(_max_tokens(raw, limits), _stop(raw.get("stop")), sampling, _top_logprobs(raw))
+    return Options(_max_tokens(raw, limits), _stop(raw.get("stop")), sampling, _top_logprobs(raw), read_format(raw))
 
 
 def _max_tokens(raw: dict[str, Any], limits: Limits) -> int:

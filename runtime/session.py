@@ -8,36 +8,22 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from ..errors import BundleError, DataError, RecipeError
+from ..errors import BundleError, DataError
 from ..images import ImageSource, open_image
 from ..manifest import Manifest
 from .answer import Answer, Clock, Making, Stream
 from .chat import Message, read_chat_format, text_message, user_message
-from .detokenize import TextStream
 from .graphs import Parts, ResizableCache
+from .options import Options, Wishes, read_options
 from .pictures import Picture, PictureMemory, new_picture
 from .pixels import Grid, Pixels
-from .sampling import Sampling, choose, rank
+from .writer import Guides, Writer
 
 __all__ = ["Chat", "Context", "Options", "Picture", "Vlm", "common_prefix", "load_family", "prompt_keys"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How long an answer may get, where it ends, and how its tokens are chosen."""
-
-    max_tokens: int = 64
-    stop: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    top_logprobs: int | None = None  # how many of the likeliest tokens to report at each place, besides the chosen one; None reports nothing
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RecipeError(f"max_tokens is {self.max_tokens}; expected at least 1")
 
 
 @dataclass
@@ -64,8 +50,9 @@ class Vlm:
         for key in ("eos_token_ids", "image_token_id"):
             if key not in manifest.generation:
                 raise BundleError(f"the manifest of {folder} lacks generation.{key}; expected the model's token ids there, export the bundle again")
+        self.guides = Guides(self.format.tokenizer, manifest.decoder.vocab_size, manifest.generation["eos_token_ids"])
 
-    def answer(self, question: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any) -> Answer:
+    def answer(self, question: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Unpack[Wishes]) -> Answer:
         """The whole answer; arguments and errors as for `stream`."""
         return self.stream(question, images, system=system, **options).answer
 
@@ -75,24 +62,15 @@ class Vlm:
         images: Sequence[ImageSource] = (),
         *,
         system: str | None = None,
-        max_tokens: int = 64,
-        stop: Sequence[str] = (),
-        greedy: bool = False,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
+        **options: Unpack[Wishes],
     ) -> Stream:
         """Ask `question` about `images` (paths, encoded bytes, PIL images or uint8 arrays); the answer comes piece by piece.
 
-        Greedy unless `temperature` is above 0; `greedy=True` overrides it. Nothing runs before the first piece is asked for. Raises
-        RecipeError for an option out of range; the stream raises ImageError for an image that can't be read and DataError for a
-        prompt that does not fit the model's context.
+        The `options` stand in options.Wishes. Nothing runs before the first piece is asked for. Raises RecipeError for an option out of range;
+        the stream raises ImageError for an image that can't be read, DataError for a prompt that does not fit the model's context, and
+        RecipeError for a constraint that can't be met.
         """
-        sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return self.chat(system)._stream(question, images, Options(max_tokens, _strings(stop), sampling))
+        return self.chat(system).stream(question, images, **options)
 
     def reply(self, messages: Sequence[Message], images: Sequence[ImageSource] = (), options: Options | None = None, context: Context | None = None) -> Stream:
         """The next turn of a conversation that is given whole; `images` belong to its {"type": "image"} parts, in order.
@@ -145,27 +123,14 @@ class Chat:
         self.pictures: list[Picture] = []
         self.context = Context()
 
-    def answer(self, question: str, images: Sequence[ImageSource] = (), **options: Any) -> Answer:
+    def answer(self, question: str, images: Sequence[ImageSource] = (), **options: Unpack[Wishes]) -> Answer:
         """The next turn's whole answer; options as for Vlm.stream, but for `system`."""
         return self.stream(question, images, **options).answer
 
-    def stream(
-        self,
-        question: str,
-        images: Sequence[ImageSource] = (),
-        *,
-        max_tokens: int = 64,
-        stop: Sequence[str] = (),
-        greedy: bool = False,
-        temperature: float = 0.0,
-        **sampling: Any,
-    ) -> Stream:
+    def stream(self, question: str, images: Sequence[ImageSource] = (), **options: Unpack[Wishes]) -> Stream:
         """The next turn, piece by piece."""
-        return self._stream(question, images, Options(max_tokens, _strings(stop), Sampling(0.0 if greedy else temperature, **sampling)))
-
-    def _stream(self, question: str, images: Sequence[ImageSource], options: Options) -> Stream:
         making = Making()
-        return Stream(self._turn(question, images, options, making), making)
+        return Stream(self._turn(question, images, read_options(**options), making), making)
 
     def _reply(self, messages: Sequence[Message], images: Sequence[ImageSource], options: Options) -> Stream:
         making = Making()
@@ -186,13 +151,13 @@ class Chat:
         alone = self.vlm.shown_alone(len(pictures) + len(images))
         seen = self._look(images, alone, clock)
         ids = self.vlm.prompt_ids(messages, [*(picture.grid for picture in pictures), *(_grid(one) for one in seen)])
-        # Before any image is encoded, which takes seconds: the prompt may not fit.
-        budget = self._room(len(ids), options.max_tokens)
+        # Before any image is encoded, which takes seconds: the prompt may not fit, the constraint may not be met.
+        writer = Writer(self.vlm, ids, self._room(len(ids), options.max_tokens), options, making)
         for image, one in zip(images, seen, strict=True):
             if making.cancelled.is_set():
                 return Answer("", (), "cancelled", len(ids), clock.timings())
             pictures.append(self._encode(image, one, alone, clock))
-        return (yield from self._generate(ids, pictures, budget, options, making))
+        return (yield from self._generate(writer, pictures))
 
     def _look(self, images: Sequence[ImageSource], alone: bool, clock: Clock) -> list[Picture | Pixels]:
         """Each image preprocessed, or remembered as encoded."""
@@ -210,32 +175,17 @@ class Chat:
         self.vlm.memory.keep(image, picture, alone)
         return picture
 
-    def _generate(self, ids: np.ndarray, pictures: Sequence[Picture], budget: int, options: Options, making: Making) -> Generator[str, None, Answer]:
-        ends = set(self.vlm.manifest.generation["eos_token_ids"])
-        rng = np.random.default_rng(options.sampling.seed)
-        text = TextStream(self.vlm.format.tokenizer, options.stop)
-        tokens: list[int] = []
-        shown: list[str] = []
-        logits = self._prefill(ids, pictures, len(ids) + budget, making.clock)
+    def _generate(self, writer: Writer, pictures: Sequence[Picture]) -> Generator[str, None, Answer]:
+        logits = self._prefill(writer.prompt, pictures, len(writer.prompt) + writer.budget, writer.making.clock)
         while True:
-            seen = np.concatenate([ids, np.array(tokens, np.int64)]) if options.sampling.repetition_penalty != 1 else ids
-            tokens.append(choose(logits, seen, options.sampling, rng))
-            making.clock.tokens.append(time.perf_counter())
-            if tokens[-1] in ends:
-                reason = "stop"
-                break
-            if options.top_logprobs is not None:
-                making.logprobs.append(rank(logits, tokens[-1], options.top_logprobs))
-            if piece := text.push(tokens[-1]):
-                shown.append(piece)
+            if piece := writer.take(logits):
                 yield piece
-            if reason := _finish_reason(text.stopped, len(tokens) == budget, making.cancelled.is_set()):
+            if writer.over():
                 break
-            logits = self._decode(np.array(tokens[-1:], np.int64))
-        if piece := text.finish():
-            shown.append(piece)
+            logits = self._decode(np.array(writer.tokens[-1:], np.int64))
+        if piece := writer.finish():
             yield piece
-        return Answer("".join(shown), tuple(tokens), reason, len(ids), making.clock.timings(), tuple(making.logprobs))
+        return writer.answer()
 
     def _room(self, prompt: int, wanted: int) -> int:
         """How many tokens the answer may have after a prompt of `prompt`."""
@@ -330,12 +280,3 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 def _grid(seen: Picture | Pixels) -> Grid:
     return seen.grid if isinstance(seen, Picture) else seen.grids[0]
-
-
-def _finish_reason(stopped: bool, full: bool, cancelled: bool) -> str:
-    """Why the answer ends here, '' if it goes on."""
-    return "stop" if stopped else "length" if full else "cancelled" if cancelled else ""
-
-
-def _strings(stop: Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 import torch
 from server_process import Running, encoded, image_part, served, user_turn
@@ -65,6 +67,28 @@ def test_a_stream_brings_the_same_in_pieces(client: openai.OpenAI) -> None:
     assert (last.choices, last.usage) == ([], whole.usage)
     assert all(chunk.usage is None for chunk in said)
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+class Sign(pydantic.BaseModel):
+    """What OpenAI's client makes a strict schema of."""
+
+    colour: Literal["red", "green"]
+    digits: int = pydantic.Field(ge=0, le=99)
+
+
+def test_a_constrained_answer_is_valid(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(model="student", messages=[user_turn(QUESTION, encoded(1))], response_format=Sign, max_tokens=64)
+    assert isinstance(parsed.choices[0].message.parsed, Sign)
+    assert parsed.choices[0].finish_reason == "stop"
+    for wish, allowed in (
+        ({"choice": ["red", "reddish"]}, "red|reddish"),
+        ({"regex": r"[a-f]{2}\d"}, r"[a-f]{2}\d"),
+        ({"json": {"type": "boolean"}}, "true|false"),
+    ):
+        chosen = ask(client, extra_body={"structured_outputs": wish}, n=3, temperature=2, seed=1)
+        assert all(re.fullmatch(allowed, choice.message.content) for choice in chosen.choices)
+    pieces = ask(client, stream=True, response_format={"type": "json_object"}, max_tokens=3)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces).startswith("{")
 
 
 def test_a_streams_lines(server: Running) -> None:

@@ -59,7 +59,13 @@ def deep(levels: int) -> str:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 HI = [{"role": "user", "content": "hi"}]
 SCANS = encoded(1, 64, 64, "JPEG")[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" * 70 + b"\xff\xd9"
+
+
 # What is sent, the status, and words of the reason.
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {"type": "integer"}
+
+
 BODIES: list[tuple[Any, int, str]] = [
     (b"", 400, "no valid JSON"),
     (b"{", 400, "no valid JSON"),
@@ -111,7 +117,16 @@ BODIES: list[tuple[Any, int, str]] = [
     ({"messages": HI, "top_logprobs": 3}, 400, "without 'logprobs'"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, 400, "from 0 to 20"),
     ({"messages": HI, "tools": [{"type": "function"}]}, 400, "'tools' is a list of 1, which this server can't do"),
-    ({"messages": HI, "response_format": {"type": "json_object"}}, 400, "'response_format'"),
+    ({"messages": HI, "response_format": {"type": "grammar"}}, 400, "'response_format' is of a form"),
+    ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}}, 400, "Invalid type: colour"),
+    ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": nested(300)}}}, 400, "recursion limit exceeded"),
+    ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "file:///etc/passwd"}}}}, 400, "does not fetch"),
+    ({"messages": HI, "response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}}, 400, "expected one of them"),
+    ({"messages": HI, "structured_outputs": {"choice": ["a", 5]}}, 400, "no list of texts"),
+    ({"messages": HI, "structured_outputs": {"choice": ["\ud800"]}}, 400, "half of a surrogate pair"),
+    ({"messages": HI, "structured_outputs": {"regex": "(" * 9000 + "a" + ")" * 9000}}, 400, "nested parentheses"),
+    ({"messages": HI, "structured_outputs": {"regex": "a" * 40_000}}, 400, "40,000 characters"),
+    ({"messages": HI, "structured_outputs": {"regex": "[a&&b]"}}, 400, "nothing satisfies it"),
     ({"messages": HI, "frequency_penalty": 0.5}, 400, "'frequency_penalty' is 0.5"),
     ({"messages": HI, "max_token": 5}, 400, "unknown field 'max_token'"),
     ({"messages": HI, "\ud800": 5}, 400, "unknown field '?'"),
@@ -164,6 +179,7 @@ def test_what_is_unusual_but_right_is_served(server: Running) -> None:
         {"temperature": 2, "top_p": 0, "top_k": 1},
         {"max_tokens": 10**9, "stop": "e"},
         {"n": None, "stream": False},
+        {"structured_outputs": {"regex": "(.*a){30}" * 100}, "max_tokens": 5},
     ):
         status, answer = server.ask(**odd | extra)
         assert status == 200, answer
