@@ -16,7 +16,8 @@ class ExportConfig:
     """What `masters export` does. `precision` is one of fp32, fp16, int8, int4, or per part: 'vision=int8,decoder=int4,embed=int8'.
 
     With `data`, bundle and PyTorch answer the same questions; `max_drop` is then the largest loss of score (0.02 is two points)
-    that the lower end of the difference's interval may show. `allow_mismatch` keeps a bundle that fails parity, marked in its notes.
+    that the lower end of the difference's interval may show; `answers` is a file that keeps
+    PyTorch's, for `masters check --reference`. `allow_mismatch` keeps a bundle that fails parity, marked in its notes.
     """
 
     student: Path
@@ -25,6 +26,7 @@ class ExportConfig:
     precision: str = "fp32"
     data: Path | None = None
     max_drop: float | None = None
+    answers: Path | None = None
     force: bool = False
     allow_mismatch: bool = False
     block_size: int = 32  # weights that share an int4 scale; 16, 32, 64 or 128
@@ -41,6 +43,8 @@ def export(config: ExportConfig) -> Manifest:
         raise MastersError(f"unknown target '{config.target}'; expected one of {', '.join(TARGETS)}")
     if config.max_drop is not None and config.data is None:
         raise MastersError("a largest drop was given without questions to measure it on; pass --data FILE too")
+    if config.answers is not None and config.data is None:
+        raise MastersError("a file for PyTorch's answers was given without questions to ask; pass --data FILE too")
     try:
         from .bundle import write_bundle
     except ModuleNotFoundError as error:

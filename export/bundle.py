@@ -150,7 +150,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
         write_golden(folder / GOLDEN, vlm, references[0])
     checks: list[dict[str, Any]] = []
     if config.data is not None:
-        checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop))
+        checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop, config.answers))
     return replace(
         manifest,
         golden=GOLDEN if references else None,

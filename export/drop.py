@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..bootstrap import Interval, mean_interval, paired_difference
 from ..errors import ParityError
+from ..files import whole_file
 from ..progress import bar
+from ..runtime.check import CheckConfig
 from ..runtime.session import Vlm
 from ..samples import Sample, read_samples
 from ..scoring import score
 from .reference import encode, greedy
 from .source import Source
 
-MAX_TOKENS = 64
+# As a check has it, so that stored answers and the device's are cut at the same length.
+MAX_TOKENS = CheckConfig.max_tokens
 
 
-def measure_drop(vlm: Vlm, source: Source, data: Path, max_drop: float | None) -> dict[str, Any]:
+def measure_drop(vlm: Vlm, source: Source, data: Path, max_drop: float | None, answers: Path | None = None) -> dict[str, Any]:
     """Scores of both on the questions in `data`, greedy, and the paired difference's 95% interval, as an entry for the manifest's checks.
 
-    Raises ParityError if the interval's lower end lies below -max_drop.
+    PyTorch's answers are kept in `answers`, as `masters check --reference` reads them. Raises ParityError if the interval's lower end lies below -max_drop.
     """
     samples = read_samples(data)
-    ours, theirs = [], []
+    ours, said = [], {}
     for sample in bar(samples, "questions"):
         ours.append(score(sample, vlm.answer(sample.prompt, sample.images, max_tokens=MAX_TOKENS).text))
-        theirs.append(score(sample, _torch_answer(source, sample)))
+        said[sample.id] = _torch_answer(source, sample)
+    theirs = [score(sample, said[sample.id]) for sample in samples]
+    if answers is not None:
+        with whole_file(answers) as part:
+            part.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in said.items()), encoding="utf-8")
     difference = paired_difference(ours, theirs)
     if max_drop is not None and difference.low < -max_drop:
         raise ParityError(

@@ -154,7 +154,7 @@ def read_reference(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
     """Stored answers by id. Raises DataError, naming file and row, if one is malformed or a question has none."""
     found: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # splitlines() would break at U+2028 within a text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"can't read stored answers from {path} ({error}); expected JSONL rows of id and text") from None
     for number, line in enumerate(lines, start=1):

@@ -15,6 +15,7 @@ from masters.export.drop import measure_drop
 from masters.export.reference import encode, greedy
 from masters.export.source import Source
 from masters.runtime import load
+from masters.runtime.check import CheckConfig, check
 
 WORDS = ["colour", "shape", "number", "picture", "corner", "edge", "digit", "circle", "line", "letter", "side", "top", "bottom", "middle", "name", "size"]
 TOKENS = 2
@@ -54,3 +55,24 @@ def test_a_drop_over_the_limit_fails(bundle_of: Callable[[str], Path], lively_so
     with pytest.raises(ParityError, match=r"at most 0\.1 below zero") as caught:
         measure_drop(vlm, lively_source, questions, max_drop=0.1)
     assert f"{found['difference']['mean']:.3f}" in str(caught.value)
+
+
+def test_a_check_takes_the_answers_that_the_export_kept(bundle_of: Callable[[str], Path], lively_source: Source, questions: Path, tmp_path: Path) -> None:
+    """The road of a device without PyTorch: the same comparison from the stored answers alone."""
+    vlm, kept = load(bundle_of("int4")), tmp_path / "kept" / "pytorch.jsonl"
+    found = measure_drop(vlm, lively_source, questions, max_drop=None, answers=kept)
+    config = CheckConfig(vlm.folder, questions, reference=kept, max_tokens=TOKENS, min_count=1, min_seconds=0, cold_starts=0, sustained_seconds=0)
+    accuracy = check(config, vlm).accuracy
+    assert accuracy.reference is not None
+    assert accuracy.reference.mean == found["pytorch"]["mean"] == 1.0
+    assert accuracy.difference is not None
+    assert accuracy.difference.mean == found["difference"]["mean"]
+
+
+def test_answers_are_kept_although_the_gate_fails(bundle_of: Callable[[str], Path], lively_source: Source, questions: Path, tmp_path: Path) -> None:
+    vlm = load(bundle_of("fp32"))
+    vlm.manifest.preprocessing["image_std"] = [-0.5, -0.5, -0.5]
+    with pytest.raises(ParityError):
+        measure_drop(vlm, lively_source, questions, max_drop=0.0, answers=tmp_path / "pytorch.jsonl")
+    ids = [json.loads(line)["id"] for line in questions.read_text().splitlines()]
+    assert [json.loads(line)["id"] for line in (tmp_path / "pytorch.jsonl").read_text().splitlines()] == ids
