@@ -23,6 +23,7 @@ IMAGE_SIDE = 256  # pixels of an embedded image's longer side
 SMALL_SIDE = 128  # an image up to this is shown enlarged, its pixels as they are
 TRUE_COLOUR_BYTES = 32_768  # a larger PNG is stored with 256 colours: a page of photographs stays a few megabytes
 LONGEST_TEXT = 600  # characters of a question or an answer
+VERDICTS = {"pass": ' class="pass"', "fail": ' class="fail"'}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def draw_table(table: Table) -> str:
     kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
     head = "".join(f'<th scope="col"{kind}>{safe(column)}</th>' for column, kind in zip(table.columns, kinds, strict=True))
     rows = "".join(
-        f'<tr><th scope="row">{safe(row[0])}</th>' + "".join(f"<td{kind}>{safe(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True)) + "</tr>"
+        f'<tr><th scope="row">{safe(row[0])}</th>' + "".join(_cell(cell, kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)) + "</tr>"
         for row in table.rows
     )
     note = f'<p class="note">{safe(table.note)}</p>' if table.note else ""
@@ -75,6 +76,11 @@ def draw_table(table: Table) -> str:
         f'<div class="scroll" role="region" tabindex="0" aria-label="{safe(table.title)}"><table><caption>{safe(table.title)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
     )
+
+
+def _cell(text: str, kind: str) -> str:
+    """A cell; a verdict wears its colour."""
+    return f"<td{VERDICTS.get(text, kind)}>{safe(text)}</td>"
 
 
 def _numeric(cells: Sequence[str]) -> bool:

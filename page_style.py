@@ -35,6 +35,8 @@ thead th{color:var(--muted);font-weight:500;font-size:13.5px;line-height:1.3;ver
 tbody th{font-weight:600}
 .number{text-align:right;white-space:nowrap}
 thead .number{white-space:normal}
+.pass{color:var(--right)}
+.fail{color:var(--wrong);font-weight:600}
 .validation{margin:36px 0 40px}
 .metric{margin:0;min-width:0}
 .metrics{display:grid;gap:44px 40px;margin-top:24px}
@@ -98,7 +100,8 @@ img.small{image-rendering:pixelated}
 .wrong .said{color:var(--wrong)}
 .empty{font-style:italic}
 @media(max-width:900px){.beside .panels{grid-template-columns:repeat(2,minmax(0,1fr))}}
-@media(max-width:600px){header,main{padding:0 16px}header{padding-top:32px}main{padding-bottom:48px}.beside .panels{gap:16px 14px}
+@media(max-width:600px){th,td{padding-left:14px}th:first-child{white-space:normal;min-width:8.5em}
+header,main{padding:0 16px}header{padding-top:32px}main{padding-bottom:48px}.beside .panels{gap:16px 14px}
 .beside .reading{--shift:-51px}.beside .reading .step{display:none}.validation svg.chart{width:calc(100% - 166px);margin-right:124px;height:240px}
 #summary p{font-size:17px}
 .validation .reading .key,.unit,.validation .spare{display:none}}

@@ -21,8 +21,9 @@ PERCENTILES = (*range(0, 100, 5), 99)  # the slowest hundredth would flatten all
 
 def write_page(path: Path, report: CheckReport, samples: Sequence[Sample]) -> None:
     """Write the page of a report about `samples`, the questions that it was made with. Raises ImageError where an image can't be read any more."""
+    verdict = f' class="{"pass" if report.passed else "fail"}"' if report.gates else ""
     sections = {
-        "Verdict": f"<p>{summary(report)}</p>" + (draw_table(_budget(report)) if report.gates else ""),
+        "Verdict": f"<p{verdict}>{summary(report)}</p>" + (draw_table(_budget(report)) if report.gates else ""),
         "Figures": draw_table(Table("Measured", ("what", "measured"), tuple(figure_rows(report)), f"On {report.device}")),
         "Speed": draw_table(Table("Stages of an answer, ms", ("stage", "p50", "p90", "n"), tuple(stage_rows(report.latency)))) + _charts(report),
         "Failures": _failures(report, samples),
@@ -31,7 +32,7 @@ def write_page(path: Path, report: CheckReport, samples: Sequence[Sample]) -> No
 
 
 def _budget(report: CheckReport) -> Table:
-    return Table("Budget", ("budget", "measured", "limit", "verdict"), tuple(budget_rows(report)))
+    return Table("Budget", ("what", "measured", "limit", "verdict"), tuple(budget_rows(report)))
 
 
 def _charts(report: CheckReport) -> str:

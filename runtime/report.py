@@ -63,7 +63,7 @@ def figure_rows(report: CheckReport) -> list[tuple[str, ...]]:
     else:
         rows.append(("cold start", "not measured"))
     if (sustained := report.sustained) is not None:
-        speed = f"{number(sustained.steady)} ({sustained.steady / sustained.burst:.2f} of the first tenth's)"
+        speed = f"{number(sustained.steady)} ({sustained.steady / sustained.burst:.2f} times the first tenth's)"
         rows.append((f"answers a second in the last tenth of {sustained.seconds:.0f} s", speed))
     rows.append(("energy an answer, whole processor, J", number(report.latency.joules)))
     return rows

@@ -130,6 +130,8 @@ def test_the_page_holds_verdicts_figures_and_failures(report: CheckReport, data:
     assert len(root.findall(".//article")) == QUESTIONS // 2
     assert len([node for node in root.iter("svg") if node.get("class") == "chart"]) == 3
     assert "2 of 7 limits missed" in text
+    assert [node.text for node in root.iter("td") if node.get("class") == "fail"] == ["fail", "fail"]
+    assert [node.text for node in root.iter("td") if node.get("class") == "pass"] == ["pass"] * 5
 
 
 def test_a_full_disk_leaves_no_half_page(report: CheckReport, data: Path, disk_of: Callable[[str], Path]) -> None:
