@@ -23,7 +23,7 @@ from .skipped import SKIPPED, read_skipped
 
 # Settings of the answers that change none of them: a server may move, and a run goes on with another limit.
 PASSING = ("endpoint", "vllm", "processes", "max_failed")
-WATCHED = {"track", "project", "mask_trial", "machine"}  # what a run that was begun may change
+WATCHED = {"track", "project", "baseline", "mask_trial", "machine"}  # what a run that was begun may change
 ANSWERED = ("responses", "teacher", "checkpoints", "metrics.jsonl", "student")  # what depends on the mask ratios
 READ = (".safetensors", ".json", ".jinja")  # the files that decide what a model folder is
 

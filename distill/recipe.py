@@ -187,6 +187,7 @@ class Recipe:
     seed: int = 0
     track: tuple[str, ...] = ("tensorboard",)  # what follows metrics.jsonl: tensorboard, wandb, trackio
     project: str = "masters"  # the name under which W&B and trackio show the run
+    baseline: Path | None = None  # a finished run's folder, such as preset sft's, that this one is to beat
     machine: Machine = field(default_factory=Machine)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..charts import MARKERS, SMOOTHED_FROM, Axis, Chart, Curve, Line, draw, linear_axis, log_axis, number, safe, usual_range, window
 from ..errors import RunError
-from ..files import write_text
+from ..files import read_json, write_text
 from ..page import Example, Table, draw_table, gallery, whole_page
 
 COLOURS = 8  # of runs, in the page's style; charts tell runs apart by shape and name as well
@@ -56,6 +56,12 @@ METRICS = (
         "Rewards",
         "Means over a step’s answers, before they become advantages.",
         (Part("reward_accuracy", "accuracy", zero=True), Part("reward_distillation", "distillation", "dashed")),
+    ),
+    Metric(
+        "expected",
+        "Reward of what the student prefers",
+        "What it would earn if it chose among each question’s answers by its own probabilities: the answers were made before, so their own mean does not rise.",
+        (Part("reward_expected", "expected reward", zero=True),),
     ),
     Metric(
         "outranks",
@@ -125,7 +131,7 @@ def read_run(folder: Path) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row.get("kind") not in ("step", "evaluation"):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row.get("kind") not in ("step", "evaluation", "finding"):
             raise RunError(f"{path} line {place} is {line.strip()[:60]!r}; expected an object with 'kind' and 'step': remove that line, or the run folder")
         rows.append(row)
     return rows
@@ -139,11 +145,37 @@ def write_report(path: Path, title: str, runs: Mapping[str, Path], tables: Seque
     read = [_run(name, place, read_run(folder)) for place, (name, folder) in enumerate(runs.items())]
     sections = {
         "Summary": "".join(f"<p>{safe(sentence)}</p>" for sentence in sentences),
+        "Findings": _findings(runs) if runs else "",
         "Results": "".join(draw_table(table) for table in tables),
         "Training": _training(read) if read else "",
         "Answers": gallery(examples) if examples else "",
     }
     write_text(path, whole_page(title, {name: body for name, body in sections.items() if body}))
+
+
+def found_in(run: Path) -> str:
+    """What was found in a run folder, in one line."""
+    found = [f"{name} ({place})" for name, place, _, _ in _troubles(run)]
+    return f"FOUND: {', '.join(found)}; see report.html" if found else "none of the known failures was found"
+
+
+def _findings(runs: Mapping[str, Path]) -> str:
+    """What the watchers found in the runs, and what judge.json holds against their judges."""
+    rows = tuple((name, *trouble) for name, folder in runs.items() for trouble in _troubles(folder))
+    if not rows:
+        return (
+            "<p>None of the known failures was found: oscillation, collapse, reward without accuracy, nothing to reinforce, no gain, a judge to distrust.</p>"
+        )
+    note = "A finding is told when it first shows; docs/watching.md and docs/judges.md say how to read them."
+    return draw_table(Table("What went wrong", ("Run", "Finding", "Where", "What shows it", "What to change"), rows, note))
+
+
+def _troubles(run: Path) -> list[tuple[str, str, str, str]]:
+    """Each finding's name, place, figure and advice."""
+    path = run / "judge.json"
+    flags = read_json(path).get("flags", []) if path.is_file() else []
+    found = [(f"judge: {flag['name']}", "judge.json", flag["figure"], flag["advice"]) for flag in flags]
+    return found + [(row["name"], f"step {row['step']:,}", row["said"], row["advice"]) for row in read_run(run) if row["kind"] == "finding"]
 
 
 # Training

@@ -45,14 +45,14 @@ from .masked_teacher import MaskedTeacher, masked
 from .materialize import write_masked
 from .parallel import sharding
 from .recipe import Recipe
-from .report import write_report
+from .report import found_in, write_report
 from .responses import DistinctResponse, Response, distinct
 from .shares import Share, plan_run, plan_shares, teacher_sources
 from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, counted, counts, look_through, read_file, without, write_skipped
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer
-from .validation import Measured, measured, validate
+from .validation import Measured, baseline_scores, measured, validate
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -117,6 +117,8 @@ class _Run:
         with_answer = longest + recipe.answers.max_tokens if recipe.answers.truth else None
         self.skipped = look_through(recipe.out / SKIPPED, files, self.encoder, with_answer, data.max_skipped)
         self.validation = without(files["validation"].samples, "validation", self.skipped)
+        if recipe.baseline:
+            baseline_scores(recipe.baseline, self.validation)
         self.shares = plan_shares(recipe, without(files["train"].samples, "train", self.skipped))
         self.shared = all(map(shares_prompts, configs))
         if not self.shared:
@@ -335,7 +337,7 @@ class _Run:
             return
         live = signal is None and self.recipe.objective.needs_teacher
         teacher = self._teacher(share, masks) if live else None
-        log = self.log = self.log or RunLog(self.recipe, trainer.done)
+        log = self.log = self.log or RunLog(self.recipe, trainer.done, trainer.total_steps)
         if trainer.done == 0:
             validate(trainer, self.encoder, self.validation, log, Step(-1, 0, share.ratios[0], ()))
         ends = {max(s.number for s in planned if s.stage == stage) for stage in {s.stage for s in steps}}
@@ -363,7 +365,7 @@ class _Run:
             self._write_model(student, part)
             write_json(part / "masters_recipe.json", portable_values(self.recipe))
             (part / "README.md").write_text(model_card(self.recipe, student.config.model_type, found), encoding="utf-8")
-        say(f"student written to {target}")
+        say(f"student written to {target}; {found_in(self.out)}")
 
     def _write_model(self, model: Any, folder: Path) -> None:
         """An ordinary Hugging Face folder with the student's own processor files."""

@@ -27,6 +27,7 @@ from ..progress import say
 from . import ranks
 from .recipe import Recipe, recipe_values
 from .train import MetricsLog
+from .watch import Finding, Watch, Watched
 
 # The group and the name of each figure of metrics.jsonl; others stand under 'other'.
 NAMES = {
@@ -41,6 +42,7 @@ NAMES = {
     "response_tokens": "responses/tokens",
     "reward_accuracy": "rewards/accuracy",
     "reward_distillation": "rewards/distillation",
+    "reward_expected": "rewards/expected",
     "unjudged": "rewards/unjudged",
     "zero_spread": "rewards/zero_spread_groups",
     "ratio": "teacher/mask_ratio",
@@ -48,6 +50,14 @@ NAMES = {
     "validation_accuracy": "validation/accuracy",
     "validation_low": "validation/low",
     "validation_high": "validation/high",
+    "validation_tokens": "validation/tokens",
+    "validation_commonest": "validation/commonest_answer",
+    "since_start": "validation/since_start",
+    "since_start_error": "validation/since_start_error",
+    "since_best": "validation/since_best",
+    "since_best_error": "validation/since_best_error",
+    "since_baseline": "validation/since_baseline",
+    "since_baseline_error": "validation/since_baseline_error",
 }
 RANKED = {"right_outranks_total": "rewards/right_outranks_wrong/total", "right_outranks_distillation": "rewards/right_outranks_wrong/distillation"}
 # What is sent at one place, in order, but for tables: metrics.jsonl does not know of them, and one is rather lost than sent twice.
@@ -77,16 +87,22 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """metrics.jsonl, and behind it the trackers that the recipe names, from the step `first` that a run continues at. The main process writes."""
+    """metrics.jsonl, behind it the trackers that the recipe names, and what watches the rows of a run of `total` updates (watch.py).
 
-    def __init__(self, recipe: Recipe, first: int) -> None:
+    It begins at the step `first` that a run continues at. The main process writes.
+    """
+
+    def __init__(self, recipe: Recipe, first: int, total: int = sys.maxsize) -> None:
         self.recipe, path = recipe, recipe.out / "metrics.jsonl"
+        self.watch = Watch(Watched(total, recipe.objective.policy > 0, recipe.train.keep))
         self.trackers: dict[str, Tracker] = {}
         self.latest: deque[Mapping[str, Any]] = deque(maxlen=LATEST)
         if not ranks.is_main():
             return
         start = _start(recipe.out, path, first)
         self.metrics = MetricsLog(path, first)
+        for row in self.metrics.kept:
+            self.watch.add(row)
         for name in recipe.track:
             if tracker := self._try(name, partial(OPEN[name], recipe, start)):
                 self.trackers[name] = tracker
@@ -99,6 +115,14 @@ class RunLog:
         self.latest += [row] if row["kind"] == "step" else []
         for name, tracker in list(self.trackers.items()):
             self._try(name, partial(tracker.figures, row["step"] + 1, row["kind"], figures(row)))
+        for finding in self.watch.add(row):
+            self._tell(finding)
+
+    def _tell(self, finding: Finding) -> None:
+        """Say once what goes wrong, and keep it."""
+        say(f"WATCH: {finding}")
+        self.metrics.write(finding.row())
+        self.table(finding.step, "findings", [Cell(None, {"finding": finding.name, "figure": finding.said, "advice": finding.advice})])
 
     def status(self) -> str:
         """The latest updates in a few words: the mean loss, and how often a right answer got a higher reward than a wrong one."""
@@ -171,7 +195,8 @@ def _start(out: Path, metrics: Path, first: int) -> Start:
         before = read_json(path)
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]
-        start = Start(before["run"], first, max([tuple(before["sent"]), *((row["step"] + 1, KINDS.index(row["kind"])) for row in rows)]))
+        sent = [(row["step"] + 1, KINDS.index(row["kind"])) for row in rows if row["kind"] in KINDS]
+        start = Start(before["run"], first, max([tuple(before["sent"]), *sent]))
     write_json(path, {"run": start.run, "sent": start.sent})
     return start
 

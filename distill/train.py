@@ -309,6 +309,7 @@ def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[Distinc
         "entropy": float((shaped.weights * stats.entropy).sum()),
         "reward_accuracy": float((shaped.weights * shaped.accuracy.nan_to_num(0.0)).sum()),
         "reward_distillation": float((shaped.weights * shaped.distillation).sum()),
+        "reward_expected": _expected_reward(stats, shaped, groups),
         "unjudged": float((shaped.weights * shaped.accuracy.isnan()).sum()),
         "zero_spread": shaped.zero_spread,
         "response_tokens": float(sum(len(r.ids) * r.count for g in groups for r in g)),
@@ -318,6 +319,16 @@ def _describe(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[Distinc
         counted = [rewards.outranking(shaped.accuracy[rows], values[rows]) for rows in _spans(groups)]
         row[f"right_outranks_{name}"], row["pairs"] = sum(higher for higher, _ in counted), sum(all_ for _, all_ in counted)
     return row
+
+
+def _expected_reward(stats: RowStats, shaped: Shaped, groups: Sequence[Sequence[DistinctResponse]]) -> float:
+    """What the student would earn if it chose among each group's answers by its own probabilities: answers made ahead show in no other way what it learns."""
+    found = 0.0
+    for group, rows in zip(groups, _spans(groups), strict=True):
+        lengths = torch.tensor([float(len(r.ids)) for r in group], device=stats.logprob.device)
+        chosen = torch.softmax(stats.logprob[rows].float() * lengths, dim=0)
+        found += float(shaped.weights[rows].sum() * (chosen * shaped.total[rows]).sum())
+    return found
 
 
 def _figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -334,8 +345,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, first: int) -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        self.kept = [row for row in rows if first and row["step"] < first]
         with whole_file(path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows if first and row["step"] < first))
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
         self.path = path
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -69,6 +69,7 @@ def _rows(steps: int, seed: int = 0, masked: bool = True) -> list[dict]:
         row = {"kind": "step", "step": step, "stage": stage, "ratio": round(0.2 - 0.05 * stage, 2) * masked, "loss": float(rng.normal(0.1, 0.05))}
         row |= {"loss_distill": float(rng.random() / 20), "grad_norm": float(rng.lognormal()), "kl": 0.001 * step * masked, "entropy": float(rng.random())}
         row |= {"reward_accuracy": float(rng.random()), "reward_distillation": float(rng.random()) * masked, "pairs": pairs, "seconds": 0.5, "questions": 4}
+        row |= {"reward_expected": float(rng.random()) * masked}
         row |= {"right_outranks_distillation": pairs // 2 * masked, "right_outranks_total": pairs * 3 // 4 * masked}
         row |= {"divergence": float(rng.random()), "zero_spread": float(rng.random()), "response_tokens": 3 + float(rng.random())}
         if step % 20 == 0:
@@ -142,7 +143,7 @@ def test_headings_go_down_one_level_at_a_time_and_tables_have_headers(four: Page
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
-    assert four.texts("h2") == ["Summary", "Results", "Training", "Answers"]
+    assert four.texts("h2") == ["Summary", "Findings", "Results", "Training", "Answers"]
     assert four.texts("th", scope="col")[:3] == ["Model", "Test", "Verdict"]
     assert four.texts("th", scope="row")[:2] == ["teacher", "student"]
     assert four.texts("caption") == ["Accuracy", "Accuracy", "Runs and their validation accuracy"]
@@ -241,7 +242,8 @@ def test_one_run_alone_makes_a_page(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", "A run", {"default": _write_run(tmp_path / "run", _rows(120))}, [], [], [])
     page = Page(tmp_path / "report.html")
     _check_references(page)
-    assert page.texts("h2") == ["Training"]
+    assert page.texts("h2") == ["Findings", "Training"]
+    assert any(text.startswith("None of the known failures was found") for text in page.texts("p"))
     assert page.texts("figcaption") == []  # no need to name the one run above every chart
     assert [title for title in page.texts("h3") if title != "Validation accuracy"] == [metric.title for metric in METRICS]
 
