@@ -146,6 +146,7 @@ def materialize(recipe: Path, overrides: tuple[str, ...], **options: Any) -> Non
 @click.option("--answers", type=PATH, help="Keep PyTorch's answers to --data in this file (JSONL), for masters check --reference.")
 @click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share an int4 scale.")
 @click.option("--accuracy-level", type=int, default=0, show_default=True, help="MatMulNBits: 0 the runtime's choice, 1 float32, 4 int8.")
+@click.option("--chunk-mb", type=float, default=1920, show_default=True, help="Most MiB of one data file; browsers can't hold 2048.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--allow-mismatch", is_flag=True, help="Keep a bundle that fails parity, marked as such.")
 @_refusing

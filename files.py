@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -36,7 +38,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it becomes `path` in one rename, on any failure it is removed.
 
-    With `replace` an existing folder is moved aside for the rename and removed afterwards; without, it is a MastersError.
+    With `replace` an existing folder changes names with the new one in a single step and is removed afterwards: killed at any moment, one of the two
+    stands there, whole. Without, it is a MastersError.
     """
     if path.exists() and not replace:
         raise MastersError(f"{path} exists already; choose another output folder, or pass --force to replace it")
@@ -46,9 +49,10 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        if path.exists():
-            os.replace(path, old)
-        os.replace(part, path)
+        if not path.exists() or not _exchanged(part, path):
+            if path.exists():
+                os.replace(path, old)
+            os.replace(part, path)
     except OSError as error:
         if old.exists() and not path.exists():
             os.replace(old, path)
@@ -56,6 +60,23 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step, which Python has no function for; False where this system or file system has none either."""
+    exchange = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):
+        here = -100  # AT_FDCWD: paths are relative to the working folder
+        failed = library.renameat2(here, names[0], here, names[1], exchange)
+    elif hasattr(library, "renamex_np"):
+        failed = library.renamex_np(*names, exchange)
+    else:
+        return False
+    if failed and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    return not failed
 
 
 def _unwritten(path: Path, part: Path, error: OSError) -> Exception:

@@ -30,6 +30,7 @@ class ExportConfig:
     force: bool = False
     allow_mismatch: bool = False
     block_size: int = 32  # weights that share an int4 scale; 16, 32, 64 or 128
+    chunk_mb: float = 1920  # MiB of one of a graph's data files (ONNX); browsers can't hold 2 GiB in one piece
     accuracy_level: int = 0  # MatMulNBits: 0 lets ONNX Runtime choose, 1 computes in fp32, 4 in int8, faster, and it can flip the argmax
 
 
@@ -41,6 +42,8 @@ def export(config: ExportConfig) -> Manifest:
     """
     if config.target not in TARGETS:
         raise MastersError(f"unknown target '{config.target}'; expected one of {', '.join(TARGETS)}")
+    if not 0 < config.chunk_mb < 2048:
+        raise MastersError(f"data files of {config.chunk_mb:g} MiB are not possible; expected more than 0 and less than 2048, which no browser can hold")
     if config.max_drop is not None and config.data is None:
         raise MastersError("a largest drop was given without questions to measure it on; pass --data FILE too")
     if config.answers is not None and config.data is None:

@@ -25,6 +25,7 @@ from .precision import Precision, parse_precision
 from .row import Row
 from .source import Source, load_source
 
+MIB = 2**20
 # Copied as they are: the program that loads the bundle reads what was trained with.
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -69,7 +70,8 @@ def open_bundle(folder: Path) -> Vlm:
 def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> tuple[Manifest, list[Row]]:
     """Everything but the proof, and how the stored weights compare with the model's; the manifest lists no files yet."""
     target = load_target(config.target)
-    parts, weights = target.write_parts(source.model, source.processor, folder, precision)
+    settings = {"chunk_bytes": int(config.chunk_mb * MIB)} if config.target == "onnx" else {}
+    parts, weights = target.write_parts(source.model, source.processor, folder, precision, **settings)
     if config.target == "onnx":
         config_json = target.model_config(read_json(source.folder / "config.json"), folder, precision)
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from ..errors import MastersError
 from ..manifest import TensorSpec
 
 OPSET = 18  # the oldest with everything used here, so that older mobile builds load the files too
@@ -25,6 +26,7 @@ EXTERNAL_TENSOR_BYTES = 1024
 EXTERNAL_GRAPH_BYTES = 8 * 2**20
 # Browsers can't hold an ArrayBuffer of 2 GiB.
 CHUNK_BYTES = 2**31 - 2**27
+MOST_CHUNKS = 100  # that transformers.js reads
 PAGE = 4096
 
 Shape = Sequence[int | str | None]
@@ -100,7 +102,7 @@ def lazy_tensor(name: str, shape: Sequence[int], dtype: ir.DataType, read: Calla
     """A tensor of `shape` whose values `read` gives each time they are asked for; nothing is kept."""
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.tensor(read().detach().to(torch.float32).contiguous().numpy().astype(dtype.numpy()), name=name)
+        return ir.tensor(read().detach().to(torch.float32).contiguous().numpy().astype(dtype.numpy(), copy=False), name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
 
@@ -121,12 +123,13 @@ def clean(model: ir.Model) -> ir.Model:
 
 
 def save_graph(model: ir.Model, path: Path, external_over: int = EXTERNAL_GRAPH_BYTES, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Write `model` to `path`, its weights beside it as `<path>_data`, `<path>_data_1` … if they take more than `external_over` bytes.
+    """Write `model` to `path`, its weights beside it as `<path>_data`, `<path>_data_1` … if they take more than `external_over` or `chunk_bytes`.
 
-    Returns the number of data files. `model` is consumed: its tensors point into the files afterwards.
+    No data file is larger than `chunk_bytes`, but for one that holds a single larger tensor. Returns the number of data files. `model` is consumed: its tensors
+    point into the files afterwards, and none but the one being written is in memory. Raises MastersError for more files than loaders look for.
     """
     tensors = [value for value in model.graph.initializers.values() if _tensor(value).nbytes >= EXTERNAL_TENSOR_BYTES]
-    if sum(_tensor(value).nbytes for value in tensors) <= external_over:
+    if sum(_tensor(value).nbytes for value in tensors) <= min(external_over, chunk_bytes):
         ir.save(model, path)
         return 0
     chunk, offset = 0, 0
@@ -135,10 +138,12 @@ def save_graph(model: ir.Model, path: Path, external_over: int = EXTERNAL_GRAPH_
         start = -(-offset // PAGE) * PAGE  # ONNX Runtime maps tensors that start on a page
         if offset and start + tensor.nbytes > chunk_bytes:
             chunk, start = chunk + 1, 0
+        if chunk >= MOST_CHUNKS:
+            raise MastersError(f"{path.name} takes more than {MOST_CHUNKS} data files of {chunk_bytes:,} bytes, no loader looks for more; allow larger ones")
         data = _chunk_path(path, chunk)
         with open(data, "r+b" if start else "wb") as handle:
             handle.seek(start)
-            handle.write(tensor.tobytes())
+            handle.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
         offset = start + tensor.nbytes
         value.const_value = ir.ExternalTensor(
             data.name, start, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "", base_dir=path.parent

@@ -16,7 +16,7 @@ from ..runtime.graphs import OnnxParts
 from .decoder import build_decoder
 from .embedding import build_embedding
 from .genai import write_genai
-from .graph import interface, save_graph
+from .graph import CHUNK_BYTES, interface, save_graph
 from .precision import Precision
 from .quantize import quantize_int4, quantize_int8
 from .row import Row
@@ -36,8 +36,8 @@ MOST_CONTEXT = 32768
 GENERATION = {"shared_cache": True}
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) -> tuple[dict[str, Part], list[Row]]:
-    """Write the three graphs below `folder`; what each is, and how its stored weights compare with the model's.
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision, chunk_bytes: int = CHUNK_BYTES) -> tuple[dict[str, Part], list[Row]]:
+    """Write the three graphs below `folder`, data files of at most `chunk_bytes`; what each is, and how its stored weights compare with the model's.
 
     Raises ModelError for a model that the graphs can't express.
     """
@@ -50,11 +50,11 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision) 
     embedding = build_embedding(text_model.embed_tokens, precision.embed, injected)
     (folder / FOLDER).mkdir()
     parts, rows = {}, []
-    parts["decoder"], found = _write_quantized(decoder, "decoder", precision.decoder, precision, folder)
+    parts["decoder"], found = _write_quantized(decoder, "decoder", precision.decoder, precision, folder, chunk_bytes)
     rows += found
-    parts["embed_tokens"] = _write(embedding, folder, precision.embed)
+    parts["embed_tokens"] = _write(embedding, folder, precision.embed, chunk_bytes)
     vision = build_vision(model, family, precision.vision == "fp16")
-    parts["vision_encoder"], found = _write_quantized(vision, "vision_encoder", precision.vision, precision, folder)
+    parts["vision_encoder"], found = _write_quantized(vision, "vision_encoder", precision.vision, precision, folder, chunk_bytes)
     rows += found
     if hasattr(family, "genai_processor"):
         graphs = {"decoder": decoder, "embed_tokens": embedding}
@@ -79,21 +79,21 @@ def model_config(config: dict[str, Any], folder: Path, precision: Precision) -> 
     return config | {"transformers.js_config": ours}
 
 
-def _write_quantized(graph: ir.Model, name: str, word: str, precision: Precision, folder: Path) -> tuple[Part, list[Row]]:
+def _write_quantized(graph: ir.Model, name: str, word: str, precision: Precision, folder: Path, chunk_bytes: int) -> tuple[Part, list[Row]]:
     """Quantise the graph in place as `word` says, write it, and compare what stands in the file with the weights that it had."""
     if word not in ("int8", "int4"):
-        return _write(graph, folder, word), []
+        return _write(graph, folder, word, chunk_bytes), []
     originals = product_weights(graph)
     if word == "int8":
         quantize_int8(graph)
     else:
         quantize_int4(graph, precision.block_size, precision.accuracy_level)
-    part = _write(graph, folder, word)
+    part = _write(graph, folder, word, chunk_bytes)
     return part, weight_rows(folder / part.file, name, originals)
 
 
-def _write(graph: ir.Model, folder: Path, word: str) -> Part:
+def _write(graph: ir.Model, folder: Path, word: str, chunk_bytes: int) -> Part:
     file = f"{FOLDER}/{graph.graph.name}{SUFFIXES[word]}.onnx"
     inputs, outputs = interface(graph)
-    save_graph(graph, folder / file)
+    save_graph(graph, folder / file, chunk_bytes=chunk_bytes)
     return Part(file, word, inputs, outputs)

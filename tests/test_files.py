@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from masters import files
 from masters.errors import DataError, MastersError
 from masters.files import read_json, sha256_file, sha256_folder, whole_file, whole_folder, write_json, write_text
 
@@ -155,6 +156,57 @@ def test_folder_that_exists_is_replaced_only_on_request(tmp_path: Path) -> None:
         (part / "new").write_text("2")
     assert [p.name for p in path.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+KILLED_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from masters.files import whole_folder
+
+path, steps = Path(sys.argv[1]), 0
+
+def count(event, arguments):  # every call to the system that Python makes known, before it happens
+    global steps
+    if event.startswith(("os.", "shutil.", "ctypes.", "open")):
+        steps += 1
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+for last in range(1, 500):
+    child = os.fork()
+    if not child:
+        sys.addaudithook(count)
+        with whole_folder(path, replace=True) as part:
+            for name in ("first", "last"):
+                (part / name).write_text(str(last))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    names = sorted(file.name for file in path.iterdir())
+    contents = {file.read_text() for file in path.iterdir()}
+    assert names == ["first", "last"] and len(contents) == 1, f"killed before step {last}: {names} {contents}"
+    if status == 0:
+        print(last)
+        break
+"""
+
+
+def test_killed_at_any_step_a_replaced_folder_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    path.mkdir()
+    for name in ("first", "last"):
+        (path / name).write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_STEP, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 8, "no step was seen"
+    assert (path / "first").read_text() == done.stdout.strip()
+
+
+def test_where_names_can_not_be_exchanged_the_folder_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    for number in range(2):
+        with whole_folder(tmp_path / "bundle", replace=True) as part:
+            (part / str(number)).touch()
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()] == ["bundle/1"]
 
 
 def test_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
