@@ -148,6 +148,7 @@ def materialize(recipe: Path, overrides: tuple[str, ...], **options: Any) -> Non
 @click.option("--accuracy-level", type=int, default=0, show_default=True, help="MatMulNBits: 0 the runtime's choice, 1 float32, 4 int8.")
 @click.option("--chunk-mb", type=float, default=1920, show_default=True, help="Most MiB of one data file; browsers can't hold 2048.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--mobile", is_flag=True, help="Ask ONNX Runtime's mobile tools about the graphs too; the manifest says what they find.")
 @click.option("--allow-mismatch", is_flag=True, help="Keep a bundle that fails parity, marked as such.")
 @_refusing
 def export(**options: Any) -> None:

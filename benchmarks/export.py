@@ -1,107 +1,144 @@
-"""What an export costs: seconds, peak memory and bytes per parameter, each export in a process of its own.
+"""What an export costs: seconds, peak memory, bytes per parameter and parity at real shapes with random weights, each export in a process of its own.
 
-    python benchmarks/export.py --shape tiny|256m|500m [--precision fp32,int8,int4] [--target onnx|coreml]
+    python benchmarks/export.py --shape tiny|256m|500m|2b [--precision fp32,fp16,int8,int4] [--target onnx|coreml] [--keep]
 
-The real shapes are SmolVLM's with random weights, images split into tiles as there.
+256m and 500m are SmolVLM's, 2b is Qwen3-VL-2B's. With --keep the rows go into results/export.json, in place of older ones of the same shape,
+precision and target; `python benchmarks/tables.py` then puts them into the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
-TEXT: dict[str, dict[str, int]] = {
-    "256m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3),
-    "500m": dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5),
-}
+from random_models import BUILT
+
+RESULTS = Path(__file__).parent / "results" / "export.json"
 MIB = 2**20
+COLUMNS = "| shape | precision | parameters | seconds | processor s | peak MiB | of fp32 | MiB | bytes a parameter | features / logits | verdicts |"
 
 
-def build(shape: str, folder: Path) -> None:
-    """Write a random model of `shape` as a Hugging Face folder."""
-    import torch
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+@dataclass(frozen=True)
+class Cost:
+    """One export. `errors` are relative, the largest over the images; `fp32_mib` is what the weights take as float32, in memory."""
 
-    from masters.demo.models import TEMPLATE, build_model, build_processor, build_tokenizer, save_model
-
-    tokenizer = build_tokenizer()
-    if shape == "tiny":
-        save_model(folder, build_model("student", tokenizer), build_processor(tokenizer))
-        return
-    torch.manual_seed(0)
-    rope = {"rope_type": "default", "rope_theta": 100_000.0}
-    text: dict[str, Any] = dict(model_type="llama", vocab_size=49280, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters=rope)
-    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = Idefics3Config(
-        text_config=text | TEXT[shape] | ids | {"tie_word_embeddings": True},
-        vision_config=VISION,
-        scale_factor=4,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
-        **ids,
-    )
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
-    save_model(folder, Idefics3ForConditionalGeneration(config), Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=TEMPLATE))
+    shape: str
+    target: str
+    precision: str
+    parameters: int
+    seconds: float
+    processor_seconds: float
+    peak_mib: float
+    fp32_mib: float
+    bundle_mib: float
+    bytes_a_parameter: float
+    data_files: int
+    errors: dict[str, float]
+    verdicts: dict[str, int]
+    machine: str
+    date: str
 
 
-def measure(model: Path, target: str, precision: str, out: Path) -> dict[str, Any]:
+def measure(shape: str, model: Path, target: str, precision: str, out: Path) -> Cost:
     """Export in this process, which should be a fresh one: its peak memory is reported."""
     import torch
 
     from masters.export import ExportConfig, export
+    from masters.runtime.device import MB, peak_rss_mb, this_device
 
     torch.set_num_threads(2)
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     # Random weights have no answers to protect: what quantisation does to them is printed, not judged.
     manifest = export(ExportConfig(model, target, out, precision, allow_mismatch=True))
-    return {
-        "precision": precision,
-        "seconds": time.perf_counter() - start,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "parameters": manifest.parameters,
-        "bytes": {name: entry.bytes for name, entry in manifest.files.items()},
-        "errors": {row["stage"]: row["difference"] for row in manifest.parity if row["measure"].startswith("relative")},
-        "notes": manifest.notes,
-    }
+    size = sum(entry.bytes for entry in manifest.files.values())
+    verdicts = [row["verdict"] for row in manifest.parity]
+    return Cost(
+        shape=shape,
+        target=target,
+        precision=precision,
+        parameters=manifest.parameters,
+        seconds=round(time.perf_counter() - start, 1),
+        processor_seconds=round(time.process_time() - worked, 1),
+        peak_mib=round((peak_rss_mb() or 0) * MB / MIB),
+        fp32_mib=round(4 * manifest.parameters / MIB),
+        bundle_mib=round(size / MIB, 1),
+        bytes_a_parameter=round(size / manifest.parameters, 3),
+        data_files=sum("_data" in name for name in manifest.files),
+        errors={stage: float(f"{largest(manifest.parity, stage):.1e}") for stage in ("features", "prefill")},
+        verdicts={verdict: verdicts.count(verdict) for verdict in sorted(set(verdicts))},
+        machine=str(this_device()),
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def largest(parity: list[dict[str, Any]], stage: str) -> float:
+    """The largest relative error of a stage; what quantisation lost counts where both are there."""
+    return max(row["difference"] for row in parity if row["stage"] == stage and row["measure"] == "relative error" and row["difference"] is not None)
+
+
+def keep(cost: Cost) -> None:
+    """Put a row into the results, in place of the one that it renews."""
+    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    key = ("shape", "target", "precision")
+    new = asdict(cost)
+    rows = [row for row in rows if any(row[name] != new[name] for name in key)] + [new]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(sorted(rows, key=lambda row: [row[name] for name in key]), indent=1) + "\n")
+
+
+def row(cost: Cost) -> str:
+    errors = " / ".join(f"{cost.errors[stage]:.0e}" for stage in ("features", "prefill"))
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in cost.verdicts.items())
+    return (
+        f"| {cost.shape} | {cost.precision} | {cost.parameters:,} | {cost.seconds:.1f} | {cost.processor_seconds:.1f} | {cost.peak_mib:,.0f} "
+        f"| {cost.peak_mib / cost.fp32_mib:.2f}x | {cost.bundle_mib:,.1f} | {cost.bytes_a_parameter:.2f} | {errors} | {verdicts} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("tiny", *TEXT), default="tiny")
+    parser.add_argument("--shape", choices=BUILT, default="tiny")
     parser.add_argument("--precision", default="fp32,fp16,int8,int4")
     parser.add_argument("--target", choices=("onnx", "coreml"), default="onnx")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "PRECISION", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help="Put the rows into results/export.json.")
+    parser.add_argument("--model", type=Path, help="A folder for the random model, used again if it is there.")
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        model, precision, out = options.one
-        print(json.dumps(measure(Path(model), options.target, precision, Path(out))))
-        return
-    print("| shape | precision | parameters | seconds | peak MiB | MiB | bytes a parameter | error of features / logits |\n|---|---|---|---|---|---|---|---|")
+    if options.step:
+        return step(options.shape, options.target, *options.step)
+    print(COLUMNS + "\n" + "|---" * COLUMNS.count(" |") + "|")
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        build(options.shape, model)
+        model = options.model or Path(folder) / "model"
+        if not model.exists():
+            in_own_process(options, "build", str(model))
         for precision in options.precision.split(","):
-            command = [sys.executable, __file__, "--target", options.target, "--one", str(model), precision, f"{folder}/{precision}"]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            print(row(options.shape, json.loads(done.stdout.splitlines()[-1])), flush=True)
+            out = in_own_process(options, "export", str(model), precision, f"{folder}/{precision.replace(',', '_')}")
+            cost = Cost(**json.loads(out.splitlines()[-1]))
+            print(row(cost), flush=True)
+            if options.keep:
+                keep(cost)
 
 
-def row(shape: str, found: dict[str, Any]) -> str:
-    size = sum(found["bytes"].values())
-    errors = " / ".join(f"{found['errors'][stage]:.1e}" for stage in ("features", "prefill"))
-    return (
-        f"| {shape} | {found['precision']} | {found['parameters']:,} | {found['seconds']:.1f} | {found['peak_mib']:,.0f} | {size / MIB:,.1f} "
-        f"| {size / found['parameters']:.2f} | {errors} |"
-    )
+def in_own_process(options: argparse.Namespace, *words: str) -> str:
+    command = [sys.executable, __file__, "--shape", options.shape, "--target", options.target, "--step", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}).stdout
+
+
+def step(shape: str, target: str, what: str, model: str, *rest: str) -> None:
+    if what == "build":
+        BUILT[shape](Path(model))
+        return
+    precision, out = rest
+    print(json.dumps(asdict(measure(shape, Path(model), target, precision, Path(out)))))
 
 
 if __name__ == "__main__":

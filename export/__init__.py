@@ -29,6 +29,7 @@ class ExportConfig:
     answers: Path | None = None
     force: bool = False
     allow_mismatch: bool = False
+    mobile: bool = False  # run ONNX Runtime's tools for mobile builds on the graphs too (ONNX)
     block_size: int = 32  # weights that share an int4 scale; 16, 32, 64 or 128
     chunk_mb: float = 1920  # MiB of one of a graph's data files (ONNX); browsers can't hold 2 GiB in one piece
     accuracy_level: int = 0  # MatMulNBits: 0 lets ONNX Runtime choose, 1 computes in fp32, 4 in int8, faster, and it can flip the argmax

@@ -20,6 +20,7 @@ from ..samples import read_samples
 from . import ExportConfig
 from .drop import measure_drop
 from .golden import GOLDEN, write_golden
+from .mobile import check_graphs
 from .parity import check_parity, check_stored, failures, rows_json
 from .precision import Precision, parse_precision
 from .row import Row
@@ -44,7 +45,9 @@ def write_bundle(config: ExportConfig) -> Manifest:
     with whole_folder(config.out, replace=config.force) as folder:
         source = load_source(config.student)
         manifest, weights = _write_files(source, config, precision, folder)
+        graphs = check_graphs(folder, manifest.parts, config.mobile) if config.target == "onnx" else []
         manifest = _prove(source, config, precision, manifest, weights, folder)
+        manifest = replace(manifest, checks=graphs + manifest.checks)
         manifests.write_manifest(folder, manifest)
     return manifest
 

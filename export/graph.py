@@ -143,7 +143,7 @@ def save_graph(model: ir.Model, path: Path, external_over: int = EXTERNAL_GRAPH_
         data = _chunk_path(path, chunk)
         with open(data, "r+b" if start else "wb") as handle:
             handle.seek(start)
-            handle.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+            handle.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
         offset = start + tensor.nbytes
         value.const_value = ir.ExternalTensor(
             data.name, start, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or "", base_dir=path.parent
