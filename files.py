@@ -65,7 +65,9 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two paths change names in one step, which Python has no function for; False where this system or file system has none either."""
     exchange = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
-    library = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if os.name != "posix":
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if hasattr(library, "renameat2"):
         here = -100  # AT_FDCWD: paths are relative to the working folder
