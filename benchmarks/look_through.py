@@ -73,7 +73,7 @@ def main() -> None:
         files = {"train": DataFile(Path(name) / "train.jsonl", samples)}
 
         def look() -> list[str]:
-            return [row.id for row in look_through(Path(name) / "skipped.jsonl", files, encoder, None, 0.5)]
+            return [row.id for row in look_through(Path(name) / "skipped.jsonl", files, [encoder], None, 0.5)]
 
         def look_alone() -> list[str]:
             with patch("os.cpu_count", return_value=1):

@@ -1,6 +1,7 @@
 """From a sample to what a model reads: prompt ids, image tensors, answer ids; and from several of them to one batch.
 
-Teacher and student read the same prompts through the same encoder, so that no template, image or truncation can differ between them.
+Teacher and student read the same prompts through the same encoder, so that no template, image or truncation can differ between them. Where their towers
+cut images into other tiles, each has an encoder of its own, and models.py proves that text and images are the same.
 """
 
 from __future__ import annotations

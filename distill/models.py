@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def without_videos(kind: Any) -> Any:
 
 
 def check_pair(teacher: Path, student: Path) -> None:
-    """Raise ModelError unless both models are of one family, read prompts and images alike, and the teacher is the larger."""
+    """Raise ModelError unless both models are of one family, tokenizer and chat template, and the teacher is the larger.
+
+    How an image becomes tokens may differ (`teacher_encoder`): answers alone are compared, token by token.
+    """
     ours, theirs = read_config(student), read_config(teacher)
     if ours.model_type != theirs.model_type:
         raise ModelError(f"{teacher} is a {theirs.model_type}, {student} a {ours.model_type}; expected teacher and student of one family")
@@ -119,8 +123,21 @@ def check_pair(teacher: Path, student: Path) -> None:
             )
     if left.chat_template != right.chat_template:
         raise ModelError(f"the chat templates of {teacher} and {student} differ; expected the same, or the teacher would see another prompt")
-    if _image_settings(left) != _image_settings(right):
-        raise ModelError(f"the image processors of {teacher} and {student} differ; expected the same settings, or the teacher would see another image")
+    for folder, processor, config in ((teacher, right, theirs), (student, left, ours)):
+        check_images = getattr(family_of(config.model_type), "check_images", None)
+        if check_images:
+            check_images(folder, processor, config)
+
+
+def teacher_encoder(teacher: Path, encoder: Encoder) -> Encoder:
+    """What a teacher reads questions through: `encoder`, the student's, where its own processor has the same settings, or else one of its own.
+
+    Towers of two sizes cut an image into other tiles and patches, so each model has its own image tokens in the same text.
+    """
+    processor = load_processor(teacher)
+    if _image_settings(processor) == _image_settings(encoder.processor):
+        return encoder
+    return Encoder(processor, encoder.longest, positions=encoder.positions)
 
 
 def longest_prompt(configs: Sequence[Any], wanted: int, answer: int) -> int:
@@ -133,9 +150,10 @@ def longest_prompt(configs: Sequence[Any], wanted: int, answer: int) -> int:
 
 
 def check_prompts(teacher: Path, encoder: Encoder, samples: Sequence[Sample]) -> None:
-    """Raise ModelError unless the teacher's own processor makes of the first question what `encoder`, the student's, does, and of all texts the same ids.
+    """Raise ModelError unless the teacher's own processor makes of all texts the ids that `encoder`, the student's, does, and reads the same question.
 
-    Equal settings are not enough: merges of a tokenizer or the tokens of an image may differ with one vocabulary.
+    Where its settings for images are the student's, it must make the same tensors of the first question: equal settings are not enough, merges of a
+    tokenizer or another program may differ. Where they are its own, it must still read the whole text, and every image in its place.
     """
     theirs = Encoder(load_processor(teacher), encoder.longest, positions=encoder.positions)
     if theirs.eos != encoder.eos:
@@ -146,11 +164,50 @@ def check_prompts(teacher: Path, encoder: Encoder, samples: Sequence[Sample]) ->
                 raise ModelError(
                     f"the tokenizers of {teacher} and the student split '{text[:80]}' differently; expected the same ids, copy one's files to the other"
                 )
+    if teacher_encoder(teacher, encoder) is not encoder:
+        _check_own_images(teacher, theirs, encoder, max(samples, key=lambda sample: len(sample.images)))
+        return
     mine, other = encoder.prompt(samples[0]), theirs.encode(samples[0])
     if not torch.equal(mine.ids, other.ids):
         raise ModelError(f"{teacher} reads question '{samples[0].id}' as {len(other.ids)} tokens, the student as {len(mine.ids)} others; expected one prompt")
     if mine.pixels.keys() != other.pixels.keys() or not all(torch.equal(t, other.pixels[name]) for name, t in mine.pixels.items()):
         raise ModelError(f"the image processors of {teacher} and the student make different tensors of question '{samples[0].id}'; expected the same image")
+
+
+def _check_own_images(teacher: Path, theirs: Encoder, ours: Encoder, sample: Sample) -> None:
+    """Raise ModelError unless both prompts of a question hold the same text, and image tokens wherever the template puts images."""
+    if theirs.image_tokens != ours.image_tokens:
+        raise ModelError(f"{teacher} marks images with the ids {theirs.image_tokens}, the student with {ours.image_tokens}; expected the same tokens")
+    for name, encoder in ((str(teacher), theirs), ("the student", ours)):
+        if not reads_whole(encoder, sample):
+            raise ModelError(f"the processor of {name} leaves text or images of question '{sample.id}' out; expected all of it, each image in its place")
+
+
+def reads_whole(encoder: Encoder, sample: Sample) -> bool:
+    """Whether a prompt's ids are the template's text in order, with image tokens, whatever their number and company, in place of each run of images."""
+    chat, found = encoder.chat(sample), encoder.encode(sample).ids.tolist()
+    marks = encoder.tokenizer.convert_ids_to_tokens(encoder.image_tokens)
+    texts = re.split("|".join(map(re.escape, marks)), chat) if marks else [chat]
+    if len(texts) != len(sample.images) + 1:
+        return False
+    pieces = [encoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    first, *middle, last = pieces if len(pieces) > 1 else [pieces[0], []]
+    if found[: len(first)] != first or found[len(found) - len(last) :] != last or len(found) < len(first) + len(last):
+        return False
+    if not sample.images:
+        return len(found) == len(first)
+    place = len(first)
+    for piece in [*filter(None, middle), last]:
+        end = len(found) - len(last) if piece is last else _find(found, piece, place)
+        if end < place or not set(found[place:end]).intersection(encoder.image_tokens):
+            return False
+        place = end + len(piece)
+    return True
+
+
+def _find(ids: list[int], piece: list[int], start: int) -> int:
+    """Where `piece` stands in `ids` from `start` on, or -1."""
+    return next((i for i in range(start, len(ids) - len(piece) + 1) if ids[i : i + len(piece)] == piece), -1)
 
 
 def freeze_vision(model: Any) -> None:
@@ -181,8 +238,10 @@ def frozen(model: Any) -> Any:
 
 
 def _image_settings(processor: Any) -> dict[str, Any]:
-    skipped = ("processor_class", "image_processor_type")
-    return {key: value for key, value in processor.image_processor.to_dict().items() if key not in skipped}
+    """What decides which tensors and which tokens an image becomes."""
+    skipped = ("processor_class", "image_processor_type", "chat_template", "tokenizer", "image_processor", "video_processor")
+    settings = processor.to_dict() | processor.image_processor.to_dict()
+    return {key: value for key, value in settings.items() if key not in skipped}
 
 
 def _first_line(error: Exception) -> str:

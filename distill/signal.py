@@ -222,6 +222,14 @@ def teacher_states(teacher: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     return within(teacher, response_states, batch), head_of(teacher)
 
 
+@dataclass(frozen=True)
+class OwnPrompts:
+    """A teacher in memory that reads questions through an encoder of its own, since its tower cuts images otherwise than the student's."""
+
+    model: Any
+    encoder: Encoder
+
+
 class _File:
     """One chunk's file, open: its index of questions in memory, its tokens and states on disk."""
 

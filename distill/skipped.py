@@ -67,19 +67,19 @@ def read_file(path: Path, limit: int | None = None) -> DataFile:
     return DataFile(path, samples, bad)
 
 
-def look_through(path: Path, files: Mapping[str, DataFile], encoder: Encoder, longest: int | None, most: float) -> list[Skipped]:
+def look_through(path: Path, files: Mapping[str, DataFile], encoders: Sequence[Encoder], longest: int | None, most: float) -> list[Skipped]:
     """The rows of `files` ('train', 'validation') that can't be used: those in the file `path` if a run has decided before, or as found now.
 
-    A prompt may take `encoder.longest` tokens, and a training question `longest` with its right answer, where that is a response to train on.
-    Several processes of one run share the work, and each gets the whole list. Raises DataError where more than the share `most` of a file, or all
-    of it, can't be used, and RunError where `path` is damaged.
+    A prompt may take `longest` tokens as each of `encoders` says, one for every way in which the run's models read; a training question `longest`
+    of this function with its right answer, where that is a response to train on. Several processes of one run share the work, and each gets the
+    whole list. Raises DataError where more than the share `most` of a file, or all of it, can't be used, and RunError where `path` is damaged.
     """
     if ranks.agreed(path.exists()):
         return read_skipped(path)
     rows = [(name, sample) for name, file in files.items() for sample in file.samples]
     places = range(ranks.index(), len(rows), ranks.count())
     threads = max(1, (os.cpu_count() or 1) // ranks.count())
-    checked = _check_all([rows[i] for i in places], encoder, longest, threads)
+    checked = _check_all([rows[i] for i in places], encoders, longest, threads)
     found = [(place, skipped) for place, skipped in zip(places, checked, strict=True) if skipped]
     all_skipped = [Skipped(name, f"row {row.number}", MALFORMED, row.message) for name, file in files.items() for row in file.bad]
     all_skipped += [skipped for _, skipped in sorted(chain(*ranks.gathered(found)), key=lambda pair: pair[0])]
@@ -133,9 +133,9 @@ def read_skipped(path: Path) -> list[Skipped]:
         raise RunError(f"{path} is damaged ({str(error)[:120]}); remove it, and the questions are looked through again") from None
 
 
-def _check_all(rows: Sequence[tuple[str, Sample]], encoder: Encoder, limit: int | None, threads: int) -> Iterator[Skipped | None]:
+def _check_all(rows: Sequence[tuple[str, Sample]], encoders: Sequence[Encoder], limit: int | None, threads: int) -> Iterator[Skipped | None]:
     """For every row what is wrong with it, or None."""
-    images, lengths = _Images(), _Lengths(encoder)
+    images, lengths = _Images(), [_Lengths(encoder) for encoder in encoders]
     # Threads do for decoding, which holds no lock; tokenizers may be used by one at a time.
     with ThreadPoolExecutor(threads) as pool:
         starts = range(0, len(rows), AT_ONCE)
@@ -143,15 +143,15 @@ def _check_all(rows: Sequence[tuple[str, Sample]], encoder: Encoder, limit: int 
             part = rows[start : start + AT_ONCE]
             images.look([sample for _, sample in part], pool)
             for name, sample in part:
-                yield _check(name, sample, images.sizes(sample), encoder, lengths, limit if name == "train" else None)
+                yield _check(name, sample, images.sizes(sample), lengths, limit if name == "train" else None)
 
 
-def _check(name: str, sample: Sample, sizes: list[Size] | ImageError, encoder: Encoder, lengths: _Lengths, limit: int | None) -> Skipped | None:
+def _check(name: str, sample: Sample, sizes: list[Size] | ImageError, lengths: Sequence[_Lengths], limit: int | None) -> Skipped | None:
     try:
         if isinstance(sizes, ImageError):
             raise sizes
-        length = lengths.of(sample, sizes)
-        if limit is not None and length + (answer := len(encoder.answer(sample.answers[0]))) > limit:
+        length = max([each.of(sample, sizes) for each in lengths])
+        if limit is not None and length + (answer := len(lengths[0].encoder.answer(sample.answers[0]))) > limit:
             raise LengthError(f"question '{sample.id}' takes {length} tokens and its answer {answer}; at most {limit} are read, raise 'longest' or shorten it")
     except DataError as error:
         return Skipped(name, sample.id, _reason(sample, error), str(error))

@@ -48,7 +48,7 @@ from .recipe import Recipe
 from .report import found_in, write_report
 from .responses import DistinctResponse, Response, distinct
 from .shares import Share, plan_run, plan_shares, teacher_sources
-from .signal import CachedSignal, SignalReader, check_signal, lay_out, write_head
+from .signal import CachedSignal, OwnPrompts, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, counted, counts, look_through, read_file, without, write_skipped
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer
@@ -114,8 +114,9 @@ class _Run:
         self.family = family_of(configs[0].model_type)
         longest = models.longest_prompt(configs, recipe.longest, recipe.answers.max_tokens)
         self.encoder = Encoder(models.load_processor(recipe.student), longest, positions=self.family.positions)
+        self.readers = {teacher.model: models.teacher_encoder(teacher.model, self.encoder) for teacher in recipe.teachers}
         with_answer = longest + recipe.answers.max_tokens if recipe.answers.truth else None
-        self.skipped = look_through(recipe.out / SKIPPED, files, self.encoder, with_answer, data.max_skipped)
+        self.skipped = look_through(recipe.out / SKIPPED, files, list(dict.fromkeys([self.encoder, *self.readers.values()])), with_answer, data.max_skipped)
         self.validation = without(files["validation"].samples, "validation", self.skipped)
         if recipe.baseline:
             baseline_scores(recipe.baseline, self.validation)
@@ -183,7 +184,7 @@ class _Run:
         def score(ratio: float) -> list[float]:
             with masked(teacher, ratio) as model:
                 limits = self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch
-                return scores(asked, greedy_answers(model, self.encoder, asked, *limits, f"mask ratio {ratio:g}"))
+                return scores(asked, greedy_answers(model, self.readers[share.teacher.model], asked, *limits, f"mask ratio {ratio:g}"))
 
         judged = judge_trial(share.teacher.model.name, measure(folder, ratios, asked, score), masks, trial.tolerance, self.recipe.mask.step)
         ranks.once(write_json, folder.with_suffix(".json"), dataclasses.asdict(judged))
@@ -226,7 +227,13 @@ class _Run:
         for stage in stages if self.recipe.answers.teacher else ():
             weights = Weights(partial(masked, teacher, share.ratios[stage]), partial(self._masked_folder, share, masks, share.ratios[stage]))
             rows[sources[stage].shelf] = self._collect(
-                self.recipe.answers.engine, sources[stage], share.asked([stage]), images, weights, self._settled(share, stages)
+                self.recipe.answers.engine,
+                sources[stage],
+                share.asked([stage]),
+                images,
+                self.readers[share.teacher.model],
+                weights,
+                self._settled(share, stages),
             )
         check_failures(chain(*rows.values()), self.recipe.answers.max_failed, share.teacher.model.name)
         return rows
@@ -237,16 +244,23 @@ class _Run:
         source = Source(f"student{share.number}{suffix}", "student", share.number, self.recipe.student.name, 0.0, wanted.student)
         weights = Weights(partial(self._answering_student, share, stages), partial(self._student_folder, share, stages))
         asked = share.asked(stages) if wanted.student else []
-        rows = self._collect(wanted.student_engine, source, asked, images, weights, self._settled(share, stages)) if asked else []
+        rows = self._collect(wanted.student_engine, source, asked, images, self.encoder, weights, self._settled(share, stages)) if asked else []
         check_failures(rows, wanted.max_failed, "the student")
         return {source.shelf: rows} if rows else {}
 
     def _collect(
-        self, engine: str, source: Source, samples: Sequence[Sample], images: Mapping[str, str], weights: Weights, settled: Callable[[], bool]
+        self,
+        engine: str,
+        source: Source,
+        samples: Sequence[Sample],
+        images: Mapping[str, str],
+        encoder: Encoder,
+        weights: Weights,
+        settled: Callable[[], bool],
     ) -> list[Response]:
         wanted = self.recipe.answers
         asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge if self.recipe.judge.kind == "rules" else at_once)
-        opened = partial(open_engine, engine, wanted, source, asking, self.encoder, self.family.collate_pixels, weights, self.out / "serving")
+        opened = partial(open_engine, engine, wanted, source, asking, encoder, self.family.collate_pixels, weights, self.out / "serving")
         return collect(asking, source, samples, images, opened, settled, together=engine == "transformers")
 
     def _settled(self, share: Share, stages: Sequence[int]) -> Callable[[], bool]:
@@ -311,7 +325,7 @@ class _Run:
             check_signal(path, layouts[path], mark)
         if _missing(files):
             with self._alone():
-                reader = SignalReader(self.encoder, self.family.collate_pixels, self.shared, self.dtype)
+                reader = SignalReader(self.readers[share.teacher.model], self.family.collate_pixels, self.shared, self.dtype)
                 teacher = self._teacher(share, masks)
                 for path in bar(_missing(files), f"signal of {share.teacher.model.name}"):
                     stage, chunk = files[path]
@@ -337,6 +351,7 @@ class _Run:
             return
         live = signal is None and self.recipe.objective.needs_teacher
         teacher = self._teacher(share, masks) if live else None
+        taught = self._seen(share, teacher) if teacher else signal
         log = self.log = self.log or RunLog(self.recipe, trainer.done, trainer.total_steps)
         if trainer.done == 0:
             validate(trainer, self.encoder, self.validation, log, Step(-1, 0, share.ratios[0], ()))
@@ -345,11 +360,11 @@ class _Run:
         for step in bar(steps, f"training ({self.recipe.preset})", total=len(planned), done=len(planned) - len(steps), status=log.status):
             if teacher:
                 teacher.set_ratio(step.ratio)
-            log.write(trainer.step(step, share.samples, responses, teacher.model if teacher else signal) | {"kind": "step"})
+            log.write(trainer.step(step, share.samples, responses, taught) | {"kind": "step"})
             if step.number in ends or _due(trainer.done, wanted.evaluate_steps):
                 validate(trainer, self.encoder, self.validation, log, step)
             if _due(trainer.done, wanted.samples_every):
-                show(trainer, evenly(self.validation, wanted.samples), few[step.stage], responses, teacher.model if teacher else signal, log, step)
+                show(trainer, evenly(self.validation, wanted.samples), few[step.stage], responses, taught, log, step)
             if step.number in ends or _due(trainer.done, wanted.checkpoint_steps):
                 trainer.save()
 
@@ -415,6 +430,10 @@ class _Run:
     def _teacher(self, share: Share, masks: Sequence[TensorMask]) -> MaskedTeacher:
         wanted = self.recipe.train.shard_teacher
         return MaskedTeacher(share.teacher.model, masks, self.dtype, sharding() is not None if wanted is None else wanted)
+
+    def _seen(self, share: Share, teacher: MaskedTeacher) -> Any:
+        reader = self.readers[share.teacher.model]
+        return teacher.model if reader is self.encoder else OwnPrompts(teacher.model, reader)
 
     def _load_student(self) -> Any:
         student = models.load_model(self.recipe.student, torch.float32)

@@ -36,7 +36,7 @@ from .objective import Heads, ObjectiveWeights, RowStats, loss, row_stats
 from .parallel import STAND_IN, Hooked, head_of, place, sharding, unsynced, whole, with_gradients, within
 from .recipe import Objective, Recipe
 from .responses import DistinctResponse
-from .signal import teacher_states
+from .signal import OwnPrompts, teacher_states
 
 NORMS_EVERY = 20  # steps between measurements of both parts' gradient norms, for which the step is computed twice
 
@@ -134,7 +134,7 @@ class Trainer:
         """Divergences, rewards and advantages of the responses to these questions, as the student is now; nothing is learned from them."""
         self.student.eval()
         with self.autocast():
-            stats = self._stats(self._pack(samples, groups), teacher)
+            stats = self._stats(samples, groups, teacher)
         asked = RowStats(*(values[: sum(map(len, groups))] for values in stats))
         return asked, shape_rewards(groups, asked, self.recipe.objective)
 
@@ -151,11 +151,10 @@ class Trainer:
         for turn in range(turns):
             mine = chosen[turn * count + ranks.index() :: turns * count]
             groups = [responses[sample.id] for sample in mine]
-            batch = self._pack(mine, groups)
             torch.manual_seed(_seed(self.recipe.seed, step.number, turn, ranks.index()))  # dropout continues as it would have
             with nullcontext() if turn == turns - 1 else unsynced(self.wrapped):
                 with self.autocast():
-                    stats = self._stats(batch, teacher)
+                    stats = self._stats(mine, groups, teacher)
                 asked = RowStats(*(values[: sum(map(len, groups))] for values in stats))
                 shaped = shape_rewards(groups, asked, ours, len(chosen))
                 distill, rest = loss(asked, shaped.advantage, shaped.weights, weights_of(ours), shaped.distill_on)
@@ -166,20 +165,25 @@ class Trainer:
                 sums[name] += value
         return _figures(sums)
 
-    def _pack(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]]) -> PackedBatch:
-        """A batch of this process's questions.
+    def _pack(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]], encoder: Encoder) -> PackedBatch:
+        """A batch of this process's questions, as `encoder` makes their prompts.
 
         Where processes work together, a picture that nothing is learned from stands behind them if they have none: every part of the model then computes,
         and gets gradients, in every process, and none waits for another that left a part out.
         """
-        asked = [Group(self.encoder.prompt(s), tuple(r.ids for r in g), s.id) for s, g in zip(samples, groups, strict=True)]
+        asked = [Group(encoder.prompt(s), tuple(r.ids for r in g), s.id) for s, g in zip(samples, groups, strict=True)]
         if not samples or (ranks.count() > 1 and not any(sample.images for sample in samples)):
-            asked.append(Group(self.encoder.prompt(STAND_IN), ((self.encoder.eos,),), STAND_IN.id))
-        return move(pack(asked, self.encoder.pad, self.collate, self.shared), ranks.device())
+            asked.append(Group(encoder.prompt(STAND_IN), ((encoder.eos,),), STAND_IN.id))
+        return move(pack(asked, encoder.pad, self.collate, self.shared), ranks.device())
 
-    def _stats(self, batch: PackedBatch, teacher: Any | None) -> RowStats:
+    def _stats(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]], teacher: Any | None) -> RowStats:
+        batch = self._pack(samples, groups, self.encoder)
         with torch.no_grad():
-            theirs = (None, None) if teacher is None else teacher_states(teacher, batch)
+            theirs: Pair
+            if isinstance(teacher, OwnPrompts):  # the same answers behind other image tokens: their states stand in the same order
+                theirs = teacher_states(teacher.model, self._pack(samples, groups, teacher.encoder))
+            else:
+                theirs = (None, None) if teacher is None else teacher_states(teacher, batch)
             initial = self._initial_states(batch)
         return RowStats(*self.wrapped(_student_stats, batch, theirs, initial, self.recipe.objective).unbind(0))
 

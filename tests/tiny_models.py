@@ -41,19 +41,20 @@ def ids(tokenizer: Any) -> dict[str, int]:
     return dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
-def smolvlm(folder: Path) -> Path:
-    """Tiles of 64 pixels from pictures of at most 256, 16 tokens each. Its own processor needs torchvision; the folder is what it would save."""
+def smolvlm(folder: Path, side: int = SIDE, patch: int = PATCH, shuffle: int = 2, tiles: int = 4, **text: Any) -> Path:
+    """Tiles of `side` pixels from pictures of at most `tiles` times that, by default 16 tokens each. Its own processor needs torchvision; the folder is
+    what it would save."""
     words = build_tokenizer()
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 256}, max_image_size={"longest_edge": SIDE}, do_image_splitting=True)
+    images = SmolVLMImageProcessorPil(size={"longest_edge": tiles * side}, max_image_size={"longest_edge": side}, do_image_splitting=True)
     config = transformers.SmolVLMConfig(
-        text_config={**TEXT, **ids(words), "model_type": "llama", "vocab_size": len(words), "tie_word_embeddings": True},
-        vision_config={**VISION, "model_type": "smolvlm_vision"},
-        scale_factor=2,
+        text_config={**TEXT, **ids(words), "model_type": "llama", "vocab_size": len(words), "tie_word_embeddings": True, **text},
+        vision_config={**VISION, "model_type": "smolvlm_vision", "image_size": side, "patch_size": patch},
+        scale_factor=shuffle,
         image_token_id=words.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
         **ids(words),
     )
-    return saved(folder, config, words, images, {"processor_class": "SmolVLMProcessor", "image_seq_len": 16}, TEMPLATE)
+    return saved(folder, config, words, images, {"processor_class": "SmolVLMProcessor", "image_seq_len": (side // patch // shuffle) ** 2}, TEMPLATE)
 
 
 def internvl(folder: Path, text: str = "qwen3", **vision: Any) -> Path:

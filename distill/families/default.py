@@ -39,6 +39,13 @@ def positions(ids: Tensor, pixels: dict[str, Tensor], processor: Any) -> Tensor:
     return torch.arange(len(ids))
 
 
+def patch_pairs(pixels: dict[str, Tensor], vision: Any, patches: int) -> float:
+    """How many pairs of patches look at each other in a layer of the tower, on average over its layers: those of one tile, here."""
+    sides = vision.image_size if isinstance(vision.image_size, list | tuple) else (vision.image_size,) * 2
+    size = vision.patch_size if isinstance(vision.patch_size, list | tuple) else (vision.patch_size,) * 2
+    return float(patches * (sides[0] // size[0]) * (sides[1] // size[1]))
+
+
 def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     if list(tensor.shape[1:]) == list(sizes):
         return tensor

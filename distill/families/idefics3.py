@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .default import positions
+from ...errors import ModelError
+from .default import patch_pairs, positions
 
 # Module name patterns, relative to the model that AutoModelForImageTextToText returns.
 LANGUAGE = ("model.text_model.layers.",)
 VISION = ("model.vision_model.",)
 PROJECTOR = ("model.connector.",)
 
-__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "check_images", "collate_pixels", "patch_pairs", "positions"]
 
 
 def collate_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -36,3 +39,11 @@ def collate_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
                 whole[i][tuple(slice(size) for size in tiles.shape)] = tiles
         batch[name] = whole
     return batch
+
+
+def check_images(folder: Path, processor: Any, config: Any) -> None:
+    """Raise ModelError unless the processor writes as many image tokens for a tile as the tower and its pixel shuffle leave."""
+    vision = config.vision_config
+    made = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+    if processor.image_seq_len != made:
+        raise ModelError(f"the processor in {folder} writes {processor.image_seq_len} image tokens a tile, its model makes {made}; mend its image_seq_len")

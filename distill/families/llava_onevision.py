@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .default import LANGUAGE, collate_pixels, positions
+from .default import LANGUAGE, collate_pixels, patch_pairs, positions
 
 VISION = ("model.vision_tower.",)
 PROJECTOR = ("model.multi_modal_projector.", "model.image_newline")
 
-__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "patch_pairs", "positions"]

@@ -14,12 +14,19 @@ from .default import LANGUAGE
 VISION = ("model.visual.",)
 PROJECTOR = ("model.visual.merger.",)
 
-__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "patch_pairs", "positions"]
 
 
 def collate_pixels(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Patches and grids of all images in a row. The kinds of tokens serve the model to find positions, which it is given here."""
     return default.collate_pixels([{name: t for name, t in row.items() if name != "mm_token_type_ids"} for row in rows])
+
+
+def patch_pairs(pixels: dict[str, Tensor], vision: Any, patches: int) -> float:
+    """Pairs of patches that look at each other in a layer, on average: all of one picture in some layers, those of a window in the others."""
+    whole = sum(time * (height * width) ** 2 for time, height, width in pixels["image_grid_thw"].tolist())
+    share = len(vision.fullatt_block_indexes) / vision.depth
+    return float(share * whole + (1 - share) * patches * (vision.window_size // vision.patch_size) ** 2)
 
 
 def positions(ids: Tensor, pixels: dict[str, Tensor], processor: Any) -> Tensor:

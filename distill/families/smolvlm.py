@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .idefics3 import LANGUAGE, PROJECTOR, VISION, collate_pixels, positions
+from .idefics3 import LANGUAGE, PROJECTOR, VISION, check_images, collate_pixels, patch_pairs, positions
 
-__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "collate_pixels", "positions"]
+__all__ = ["LANGUAGE", "PROJECTOR", "VISION", "check_images", "collate_pixels", "patch_pairs", "positions"]

@@ -41,7 +41,7 @@ def hostile(samples: list[Sample], folder: Path) -> dict[str, tuple[Sample, str]
 
 def look(encoder: Encoder, path: Path, train: list[Sample], validation: list[Sample], longest: int | None = None, most: float = 0.9) -> list[Skipped]:
     files = {"train": DataFile(path / "train.jsonl", train), "validation": DataFile(path / "validation.jsonl", validation)}
-    return look_through(path / "skipped.jsonl", files, encoder, longest, most)
+    return look_through(path / "skipped.jsonl", files, [encoder], longest, most)
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, calls: list[Any]) -> None:

@@ -154,11 +154,8 @@ def test_an_update_raises_what_its_advantages_are_for(models: Any, encoder: Enco
 
     def right_minus_wrong() -> float:
         with torch.no_grad():
-            from masters.distill.forward import Group, pack
-
             chosen = samples[:4]
-            packed = pack([Group(encoder.prompt(s), tuple(r.ids for r in groups[s.id])) for s in chosen], encoder.pad, trainer.collate)
-            logprob, place, total = trainer._stats(packed, None).logprob, 0, 0.0
+            logprob, place, total = trainer._stats(chosen, [groups[s.id] for s in chosen], None).logprob, 0, 0.0
             for sample in chosen:
                 rows = logprob[place : place + len(groups[sample.id])]
                 total += float(rows[0] - rows[1:].mean())
