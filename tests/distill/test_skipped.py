@@ -138,16 +138,16 @@ def test_rows_that_are_no_questions_are_counted_with_the_others(processor: Any, 
     file = read_file(path)
     assert ([sample.id for sample in file.samples], [row.number for row in file.bad]) == ([row["id"] for row in rows], [1, 8, 9])
     assert [len(read_file(path, limit).bad) for limit in (1, 6)] == [1, 1], "what stands behind the limit is not looked at"
-    found = look_through(tmp_path / "skipped.jsonl", {"train": file}, Encoder(processor), None, 0.4)
+    found = look_through(tmp_path / "skipped.jsonl", {"train": file}, [Encoder(processor)], None, 0.4)
     assert [(row.id, row.reason) for row in found] == [("row 1", "malformed row"), ("row 8", "malformed row"), ("row 9", "malformed row")]
     assert counts(found) == {"malformed row": 3}
     # The second of two rows with one id goes, the first stays.
     assert without(file.samples, "train", [*found, Skipped("train", rows[5]["id"], "too long", "")]) == file.samples[:5]
     with pytest.raises(DataError, match=r"3 of 9 questions in \S+ can't be used \(malformed row 3\); at most 30% .*train.jsonl line 1 is not valid JSON"):
-        look_through(tmp_path / "skipped.jsonl", {"train": file}, Encoder(processor), None, 0.3)
+        look_through(tmp_path / "skipped.jsonl", {"train": file}, [Encoder(processor)], None, 0.3)
     path.write_text("{}\n[]\n")
     with pytest.raises(DataError, match=r"2 of 2 questions in \S+ can't be used"):
-        look_through(tmp_path / "skipped.jsonl", {"train": read_file(path)}, Encoder(processor), None, 1.0)
+        look_through(tmp_path / "skipped.jsonl", {"train": read_file(path)}, [Encoder(processor)], None, 1.0)
 
 
 def test_text_in_place_of_a_path_is_a_missing_image(processor: Any, samples: list[Sample], tmp_path: Path):
