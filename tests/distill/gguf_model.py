@@ -42,18 +42,18 @@ class Gguf:
     mmproj: Path
 
 
-def write_gguf(folder: Path, out: Path) -> Gguf:
-    """Both files, in float32, beside each other in `out`."""
+def write_gguf(folder: Path, out: Path, kind: str = "F32", vision_kind: str = "F32") -> Gguf:
+    """Both files beside each other in `out`, their matrices as `kind` and `vision_kind` (F32, F16, Q8_0, Q4_0)."""
     out.mkdir(parents=True, exist_ok=True)
     found = Gguf(out / "model.gguf", out / "mmproj.gguf")
     config = json.loads((folder / "config.json").read_text())
     weights = {name: array.astype(np.float32) for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
-    _write_text(found.model, config["text_config"], folder, weights)
-    _write_vision(found.mmproj, config, folder, weights)
+    _write_text(found.model, config["text_config"], folder, weights, kind)
+    _write_vision(found.mmproj, config, folder, weights, vision_kind)
     return found
 
 
-def _write_text(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray]) -> None:
+def _write_text(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray], kind: str) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     heads, width = config["num_attention_heads"], config["head_dim"]
     writer.add_block_count(config["num_hidden_layers"])
@@ -74,7 +74,7 @@ def _write_text(path: Path, config: dict[str, Any], folder: Path, weights: dict[
         if short != name:
             attention = re.search(r"self_attn\.([qk])_proj", short)
             values = _interleaved(tensor, counts[attention[1]]) if attention else tensor
-            writer.add_tensor(_renamed(short, TEXT, "layers", "blk"), np.ascontiguousarray(values))
+            _add(writer, _renamed(short, TEXT, "layers", "blk"), values, kind)
     _finish(writer)
 
 
@@ -83,7 +83,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     added = {token["content"]: token for token in tokenizer["added_tokens"]}
     ids = tokenizer["model"]["vocab"] | {name: token["id"] for name, token in added.items()}
     # llama.cpp puts two line ends before a picture, as one token, which this small vocabulary lacks: a tile's name that is never used stands for it.
-    ids["ĊĊ"] = ids.pop(UNUSED)
+    if "ĊĊ" not in ids:
+        ids["ĊĊ"] = ids.pop(UNUSED)
     vocabulary = sorted(ids, key=lambda name: ids[name])
     assert [ids[name] for name in vocabulary] == list(range(len(vocabulary)))
     writer.add_tokenizer_model("gpt2")
@@ -98,7 +99,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_chat_template((folder / "chat_template.jinja").read_text())
 
 
-def _write_vision(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray]) -> None:
+def _write_vision(path: Path, config: dict[str, Any], folder: Path, weights: dict[str, np.ndarray], kind: str) -> None:
     writer = gguf.GGUFWriter(path, "clip")
     vision, pictures = config["vision_config"], json.loads((folder / "processor_config.json").read_text())["image_processor"]
     writer.add_clip_has_vision_encoder(True)
@@ -119,9 +120,19 @@ def _write_vision(path: Path, config: dict[str, Any], folder: Path, weights: dic
     for name, tensor in weights.items():
         short = name.removeprefix("model.vision_model.")
         if short != name:
-            writer.add_tensor(_renamed(short, VISION, "encoder.layers", "v.blk"), tensor)
-    writer.add_tensor("mm.model.fc.weight", weights["model.connector.modality_projection.proj.weight"])
+            _add(writer, _renamed(short, VISION, "encoder.layers", "v.blk"), tensor, kind)
+    _add(writer, "mm.model.fc.weight", weights["model.connector.modality_projection.proj.weight"], kind)
     _finish(writer)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
+    """A matrix as `kind`; other tensors, and the positions, which are looked up in float32, as they are."""
+    values = np.ascontiguousarray(values)
+    if kind == "F32" or values.ndim != 2 or "position" in name:
+        writer.add_tensor(name, values)
+        return
+    stored = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
 
 
 def _renamed(name: str, names: dict[str, str], layers: str, block: str) -> str:

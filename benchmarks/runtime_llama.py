@@ -1,0 +1,140 @@
+"""llama.cpp as a peer: its own server on GGUF files of the same weights, the picture through its multimodal part.
+
+`llama-server` is taken from $LLAMA_SERVER or PATH; else the same C++ code out of the wheel xllamacpp, which knows no instructions newer than AVX2.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from runtime_models import cache_folder, model_folder
+
+from masters.files import whole_folder
+
+WHEEL = """
+import signal, sys, xllamacpp
+model, mmproj, port, threads = sys.argv[1:]
+params = xllamacpp.CommonParams()
+params.model.path, params.mmproj.path, params.port, params.hostnames = model, mmproj, int(port), ["127.0.0.1"]
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 4096, 1, int(threads), int(threads)
+params.use_jinja, params.cache_ram_mib, params.cache_prompt = True, 0, False
+server = xllamacpp.Server(params)
+signal.sigwait({signal.SIGTERM, signal.SIGINT})
+"""
+
+
+class Llama:
+    """The server and a client that sends the picture's bytes. It shows each picture twice, as a tile and as a whole: one showing is taken off its times."""
+
+    def __init__(self, shape: str, kind: str, threads: int) -> None:
+        text, _, vision = kind.partition("+")
+        files = gguf_folder(shape, text, vision or "F16")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+        model, mmproj = files / "model.gguf", files / "mmproj.gguf"
+        ours = [
+            "-m",
+            model,
+            "--mmproj",
+            mmproj,
+            "--port",
+            port,
+            "-t",
+            threads,
+            "-tb",
+            threads,
+            "-c",
+            4096,
+            "-np",
+            1,
+            "--cache-ram",
+            0,
+            "--no-cache-prompt",
+            "--jinja",
+        ]
+        command = [server, *ours] if server else [sys.executable, "-c", WHEEL, model, mmproj, port, threads]
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - as long as the server lives
+        self.server = subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=subprocess.STDOUT)
+        self.url, self.detail = f"http://127.0.0.1:{port}", {"server": server or "xllamacpp (AVX2)"}
+        self._wait()
+
+    def __del__(self) -> None:
+        self.server.kill()
+
+    def answer(self, picture: Path, question: str, tokens: int) -> list[float]:
+        mark, start = self._written(), time.perf_counter()
+        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()}}
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+        found = self._ask("/v1/chat/completions", messages=messages, max_tokens=tokens)
+        total = time.perf_counter() - start
+        showings = [
+            float(ms) / 1000 for ms in re.findall(r"(?:slice|image|batch) (?:encoded|decoded)[^\n]* in (\d+) ms", Path(self.log.name).read_text()[mark:])
+        ]
+        self.detail["showings"] = showings
+        spared = sum(showings[: len(showings) // 2])
+        return self._times(found["timings"], total - spared)
+
+    def decode(self, context: int, tokens: int) -> list[float]:
+        start = time.perf_counter()
+        found = self._ask("/completion", prompt=list(range(100, 100 + context)), n_predict=tokens)
+        return self._times(found["timings"], time.perf_counter() - start)
+
+    def peak(self) -> int:
+        from runtime_peers import own_peak
+
+        return own_peak(self.server.pid)
+
+    def _times(self, timings: dict[str, float], total: float) -> list[float]:
+        """The server counts its steps together, so they come out equal."""
+        steps, spent = int(timings["predicted_n"]) - 1, timings["predicted_ms"] / 1000
+        self.detail["prompt"] = timings["prompt_n"]
+        return [total - spent + spent * step / steps for step in range(steps + 1)]
+
+    def _ask(self, path: str, **settings: Any) -> dict[str, Any]:
+        body = json.dumps(settings | {"temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": False}).encode()
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
+
+    def _wait(self) -> None:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5):
+                    return
+            except OSError:
+                if self.server.poll() is not None:
+                    break
+                time.sleep(0.2)
+        raise RuntimeError(f"llama.cpp's server did not start: {Path(self.log.name).read_text().strip().splitlines()[-1][:200]}")
+
+    def _written(self) -> int:
+        return len(Path(self.log.name).read_text())
+
+
+def gguf_folder(shape: str, text: str, vision: str) -> Path:
+    """Model and projector as GGUF. Every matrix of the decoder has the type `text`, embedding and head too, which is its fastest form."""
+    if shape.startswith("internvl"):
+        raise RuntimeError("no GGUF is written for this shape: the converter knows Idefics3 alone")
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "distill"))
+    from gguf_model import write_gguf
+
+    folder = cache_folder() / shape / f"gguf-{text}-{vision}"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            write_gguf(model_folder(shape), part, text, vision)
+    return folder
