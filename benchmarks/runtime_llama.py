@@ -69,7 +69,8 @@ class Llama:
         command = [server, *ours] if server else [sys.executable, "-c", WHEEL, model, mmproj, port, threads]
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - as long as the server lives
         self.server = subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=subprocess.STDOUT)
-        self.url, self.detail = f"http://127.0.0.1:{port}", {"server": server or "xllamacpp (AVX2)"}
+        self.url = f"http://127.0.0.1:{port}"
+        self.detail: dict[str, Any] = {"server": server or "xllamacpp (AVX2)"}
         self._wait()
 
     def __del__(self) -> None:
