@@ -170,12 +170,16 @@ def export(**options: Any) -> None:
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 keeps all.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--choice", "choices", multiple=True, help="The answer is one of these; given several times.")
+@click.option("--pattern", help="The answer matches this regular expression.")
+@click.option("--json-schema", type=click.File(encoding="utf-8"), help="The answer is JSON of the schema in this file.")
 @click.option("--threads", type=int, help="Default: one a core.")
 @click.option("--provider", default="cpu", show_default=True)
 @_refusing
 def run(bundle: Path, question: str | None, images: tuple[Path, ...], threads: int | None, provider: str, **options: Any) -> None:
     """Answer QUESTION about images with BUNDLE, streaming; without a question: a chat, one question a line."""
     vlm = _open(bundle, provider, threads)
+    options |= {"choices": options["choices"] or None, "json_schema": options["json_schema"] and options["json_schema"].read()}
     if question is not None:
         _print_stream(vlm.stream(question, images, **options))
         return
@@ -257,6 +261,7 @@ def check(as_json: bool, html: Path | None, reports: tuple[Path, Path] | None, *
 @click.option("--max-images", type=int, default=16, show_default=True, help="Of one request.")
 @click.option("--max-megapixels", type=float, default=100, show_default=True, help="Of one request's images together.")
 @click.option("--max-body-mb", type=float, default=32, show_default=True)
+@click.option("--image-cache-mb", type=float, default=256, show_default=True, help="Images that were sent before are not encoded again; 0 for none.")
 @click.option("--grace", type=float, default=30, show_default=True, help="Seconds to finish what runs when told to stop.")
 @click.option("--threads", type=int, help="Default: one a core.")
 @click.option("--provider", default="cpu", show_default=True)

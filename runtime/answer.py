@@ -9,6 +9,8 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
+from .memory import peak_rss_mb
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -18,9 +20,10 @@ class Timings:
     image_encode: float
     prefill: float  # embedding the prompt and running the decoder over it
     first_token: float  # from the call to the first token; the total where none came
-    decode_per_token: float | None  # median; None for an answer of one token
+    decode_per_token: float | None  # median, or the mean where tokens came by prompt lookup, several at once; None for an answer of one token
     total: float
     decode_steps: tuple[float, ...] = ()  # each token after the first
+    peak_memory_mb: float | None = None  # the most that the process has held so far; None where the system doesn't say
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Answer:
     prompt_tokens: int
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] = ()  # one a token but the end token, where they were asked for
+    guessed: int = 0  # tokens that prompt lookup guessed right
 
 
 @dataclass
@@ -54,7 +58,8 @@ class Clock:
     prefill: float = 0.0
     tokens: list[float] = field(default_factory=list)
 
-    def timings(self) -> Timings:
+    def timings(self, guessed: int = 0) -> Timings:
+        typical = statistics.fmean if guessed else statistics.median
         steps = tuple(1000 * (after - before) for before, after in itertools.pairwise(self.tokens))
         now = time.perf_counter()
         return Timings(
@@ -62,9 +67,10 @@ class Clock:
             image_encode=1000 * self.encode,
             prefill=1000 * self.prefill,
             first_token=1000 * ((self.tokens[0] if self.tokens else now) - self.start),
-            decode_per_token=statistics.median(steps) if steps else None,
+            decode_per_token=typical(steps) if steps else None,
             total=1000 * (now - self.start),
             decode_steps=steps,
+            peak_memory_mb=peak_rss_mb(),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..samples import Sample, read_samples
 from ..scoring import score
 from . import load
 from .budget import Budget, Gate, judge, read_budget
-from .device import MB, Device, peak_rss_mb, this_device
+from .device import Device, this_device
 from .graphs import OnnxParts
 from .latency import ColdStart, Latency, Sustained, ask, measure_cold_start, measure_latency, measure_sustained
+from .memory import MB, peak_rss_mb
 from .session import Vlm
 
 
@@ -93,6 +94,7 @@ class CheckReport:
     bundle_mb: float
     peak_rss_mb: float | None  # of the process that ran the check
     gates: tuple[Gate, ...]
+    placement: dict[str, dict[str, int]] = field(default_factory=dict)  # of each graph: how many nodes run on which provider
 
     @property
     def passed(self) -> bool:
@@ -133,6 +135,7 @@ def check(config: CheckConfig, vlm: Vlm | None = None) -> CheckReport:
         bundle_mb=bundle_bytes(vlm) / MB,
         peak_rss_mb=peak_rss_mb(),
         gates=(),
+        placement=getattr(vlm.parts, "placement", {}),
     )
     return dataclasses.replace(report, gates=judge(budget, figures(report)))
 

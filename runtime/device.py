@@ -13,7 +13,6 @@ from pathlib import Path
 from .graphs import usable_cores
 
 LIBRARIES = ("onnxruntime", "numpy", "pillow", "tokenizers")
-MB = 1e6  # bytes
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,6 @@ class Device:
 def this_device() -> Device:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
     return Device(_cpu_model(), usable_cores(), _memory_gb(), f"{platform.system()} {platform.release()} {platform.machine()}", versions)
-
-
-def peak_rss_mb() -> float | None:
-    """The most memory that this process has held at once, in MB; None where the system doesn't say."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # getrusage would count the parent's memory too: it survives the start of a program.
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / MB
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MB
-    return None
 
 
 def _cpu_model() -> str:

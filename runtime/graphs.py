@@ -12,25 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..errors import BundleError
-from ..manifest import Manifest
+from ..manifest import PARTS, Manifest
 from .pixels import Pixels
+from .providers import check_placement, choose_provider, new_session, placement
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-# The names people write, and ONNX Runtime's.
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "nnapi": "NnapiExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "qnn": "QNNExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "webgpu": "WebGpuExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
-}
 DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 # A tile's attention scores take megabytes; more tiles at once raise the peak without being faster on a CPU.
 TILES_AT_ONCE = 4
@@ -126,15 +114,21 @@ class SharedCache:
 class OnnxParts:
     """The graphs of an ONNX bundle, each in a session of its own."""
 
-    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
-        """Open the three graphs. Raises BundleError for a graph that can't be opened or has other inputs, or a provider that doesn't run here."""
+    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None, fallback: bool = False) -> None:
+        """Open the three graphs. Raises BundleError for a graph that can't be opened or has other inputs, and without `fallback` for a provider
+        that doesn't run here or takes no node of a graph."""
         self.threads = threads or usable_cores()
-        self.provider = provider
+        chosen = choose_provider(provider, fallback)
         self.vision, self.embedding, self.decoder = (
-            open_session(folder / manifest.parts[part].file, provider, count)
+            open_session(folder / manifest.parts[part].file, chosen, count)
             # A table lookup needs no pool of threads.
             for part, count in (("vision_encoder", self.threads), ("embed_tokens", 1), ("decoder", self.threads))
         )
+        # What really runs: nodes of each graph by provider.
+        self.placement = {part: placement(session) for part, session in zip(PARTS, (self.vision, self.embedding, self.decoder), strict=True)}
+        for part in ("vision_encoder", "decoder"):
+            check_placement(self.placement[part], chosen, manifest.parts[part].file, fallback)
+        self.provider = chosen if chosen in self.placement["decoder"] else next(iter(self.placement["decoder"]))
         self.shared = bool(manifest.generation.get("shared_cache"))
         inputs = {node.name: node for node in self.decoder.get_inputs()}
         missing = {"inputs_embeds", "attention_mask"} - set(inputs)
@@ -161,14 +155,18 @@ class OnnxParts:
         return SharedCache(self.decoder, dict(self.empty), capacity) if self.shared else GrowingCache(dict(self.empty))
 
     def decode(self, embeds: np.ndarray, cache: GrowingCache | SharedCache, positions: np.ndarray | None = None) -> np.ndarray:
+        return self.append(embeds, cache, positions)[-1]
+
+    def append(self, embeds: np.ndarray, cache: GrowingCache | SharedCache, positions: np.ndarray | None = None, keep: int = 1) -> np.ndarray:
+        """As `decode`, but logits float32 [keep, vocab] of the last `keep` positions."""
         total = cache.length + len(embeds)
         feeds: dict[str, np.ndarray] = {"inputs_embeds": np.ascontiguousarray(embeds[None], np.float32)}
         if "position_ids" in self.inputs:
             feeds["position_ids"] = self._position_ids(cache, total, positions)
         if "num_logits_to_keep" in self.inputs:
-            feeds["num_logits_to_keep"] = np.array(1, np.int64)
+            feeds["num_logits_to_keep"] = np.array(keep, np.int64)
         logits = self._decode_shared(feeds, cache, total) if isinstance(cache, SharedCache) else self._decode_growing(feeds, cache, total)
-        return np.asarray(logits[0, -1], np.float32)
+        return np.asarray(logits[0, -keep:], np.float32)
 
     def _position_ids(self, cache: GrowingCache | SharedCache, total: int, positions: np.ndarray | None) -> np.ndarray:
         """int64 [1, S], or [3, 1, S] where positions have three axes; the cache remembers how far they are from the count of tokens."""
@@ -202,32 +200,21 @@ class OnnxParts:
 
 
 def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
-    """An ONNX Runtime session on exactly `provider`. Raises BundleError if it is not here, or another one took its place."""
+    """An ONNX Runtime session on `provider`, which is here; nodes that it does not know run on the CPU. Raises BundleError for a damaged graph."""
     # Imported here: half of the import time of everything that a program loads, and not needed before a bundle is opened.
     import onnxruntime
 
-    available = [name for name, full in PROVIDERS.items() if full in onnxruntime.get_available_providers()]
-    if provider not in available:
-        raise BundleError(f"the provider '{provider}' is not in this onnxruntime; here are: {', '.join(available)}; choose one or install another build")
+    onnxruntime.disable_telemetry_events()  # some builds report to their maker
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     # The three pools take turns: one that goes on spinning after its call takes the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDERS[provider]])
+        return new_session(file, options, provider)
     except Exception as error:  # the runtime's errors share no class of their own
         raise BundleError(f"onnxruntime could not open {file} ({str(error).splitlines()[0][:160]}); copy the bundle again, or export again") from None
-    check_provider(session.get_providers(), provider)
-    return session
-
-
-def check_provider(running: list[str], wanted: str) -> None:
-    """Raises BundleError if the first of the `running` providers is not `wanted`: ONNX Runtime falls back without a word."""
-    names = {full: name for name, full in PROVIDERS.items()}
-    if not running or running[0] != PROVIDERS[wanted]:
-        found = ", ".join(names.get(full, full) for full in running) or "none"
-        raise BundleError(f"the provider '{wanted}' was asked for and onnxruntime runs on {found}; ask for that one, or mend the set-up of '{wanted}'")
 
 
 def present_name(past: str) -> str:

@@ -88,7 +88,7 @@ start = time.perf_counter()
 vlm = load(bundle, provider, threads)
 loaded = time.perf_counter()
 timings = vlm.answer(question, images, max_tokens=max_tokens).timings
-from masters.runtime.device import peak_rss_mb
+from masters.runtime.memory import peak_rss_mb
 print(json.dumps({"load": 1000 * (loaded - start), "after_first_token": timings.total - timings.first_token, "peak_rss_mb": peak_rss_mb()}))
 """
 

@@ -20,10 +20,13 @@ class Options:
     sampling: Sampling = field(default_factory=Sampling)
     top_logprobs: int | None = None  # how many of the likeliest tokens to report at each place, besides the chosen one; None reports nothing
     constraint: Constraint | None = None
+    lookup: int = 0  # tokens that may be guessed at once from what was said before; 0 is off
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise RecipeError(f"max_tokens is {self.max_tokens}; expected at least 1")
+        if self.lookup < 0:
+            raise RecipeError(f"lookup is {self.lookup}; expected 0 (off) or how many tokens may be guessed at once, such as 8")
 
 
 class Wishes(TypedDict, total=False):
@@ -41,6 +44,7 @@ class Wishes(TypedDict, total=False):
     choices: Sequence[str]  # the answer is one of these
     pattern: str  # the answer matches this regular expression
     json_schema: Mapping[str, Any] | bool | str  # the answer is JSON of this schema
+    lookup: int  # 0 is off; else so many tokens are guessed at once from the prompt and the answer so far: faster where the answer quotes them
 
 
 def read_options(**wishes: Unpack[Wishes]) -> Options:
@@ -52,4 +56,5 @@ def read_options(**wishes: Unpack[Wishes]) -> Options:
         wishes["temperature"] = 0.0
     drawn = {name: wishes[name] for name in Sampling.__dataclass_fields__ if name in wishes}  # type: ignore[literal-required]
     constraint = read_constraint(wishes.get("choices"), wishes.get("pattern"), wishes.get("json_schema"))
-    return Options(wishes.get("max_tokens", 64), (stop,) if isinstance(stop, str) else tuple(stop), Sampling(**drawn), constraint=constraint)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Options(wishes.get("max_tokens", 64), stops, Sampling(**drawn), constraint=constraint, lookup=wishes.get("lookup", 0))

@@ -7,10 +7,12 @@ import itertools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ..images import ImageSource
+from ..images import ImageSource, open_image
 from .pixels import Grid
 
 _keys = itertools.count(-1, -1)
@@ -31,27 +33,48 @@ def new_picture(grid: Grid, features: np.ndarray) -> Picture:
 
 
 class PictureMemory:
-    """The last `room` pictures that came as encoded bytes, by those bytes' SHA-256 and whether they were alone in their prompt, which some families
-    show otherwise; threads may share it. Features are exact: answers don't change."""
+    """The pictures used last, as many as fit into `room` bytes of features, by their content; threads may share it. Features are exact: answers don't change.
+
+    A picture's name is the SHA-256 of its file's bytes, or of its pixels where it came decoded, and whether it was alone in its prompt, which some
+    families show otherwise.
+    """
 
     def __init__(self, room: int = 0) -> None:
         self.room = room
-        self._pictures: OrderedDict[tuple[bytes, bool], Picture] = OrderedDict()
+        self._pictures: OrderedDict[bytes, Picture] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
-    def find(self, image: ImageSource, alone: bool = True) -> Picture | None:
-        if not self.room or not isinstance(image, bytes):
+    def name(self, image: ImageSource, alone: bool = True) -> bytes | None:
+        """What `find` and `keep` know the image by; None where nothing is remembered, or the file can't be read."""
+        if not self.room:
             return None
-        name = (hashlib.sha256(image).digest(), alone)
-        with self._lock:
-            if name in self._pictures:
-                self._pictures.move_to_end(name)
-            return self._pictures.get(name)
+        digest = hashlib.sha256(b"alone" if alone else b"")
+        try:
+            digest.update(image if isinstance(image, bytes) else Path(image).read_bytes() if isinstance(image, str | Path) else _pixels(image))
+        except OSError:
+            return None  # whoever opens it says what is wrong
+        return digest.digest()
 
-    def keep(self, image: ImageSource, picture: Picture, alone: bool = True) -> None:
-        if not self.room or not isinstance(image, bytes):
-            return
+    def find(self, name: bytes | None) -> Picture | None:
         with self._lock:
-            self._pictures[hashlib.sha256(image).digest(), alone] = picture
-            while len(self._pictures) > self.room:
-                self._pictures.popitem(last=False)
+            if name is None or name not in self._pictures:
+                return None
+            self._pictures.move_to_end(name)
+            return self._pictures[name]
+
+    def keep(self, name: bytes | None, picture: Picture) -> None:
+        """Remember `picture` and forget those unused for longest that no longer fit."""
+        with self._lock:
+            if name is None or name in self._pictures or picture.features.nbytes > self.room:
+                return
+            self._pictures[name] = picture
+            self._bytes += picture.features.nbytes
+            while self._bytes > self.room:
+                self._bytes -= self._pictures.popitem(last=False)[1].features.nbytes
+
+
+def _pixels(image: Image.Image | np.ndarray) -> bytes:
+    """What the model is shown of a decoded image, with its size; apart from any file's bytes."""
+    opened = open_image(image)
+    return b"%d x %d pixels " % opened.size + opened.tobytes()

@@ -13,6 +13,7 @@ def report_text(report: CheckReport) -> str:
     head = [
         f"{report.bundle} ({report.target}) on provider '{report.provider}', {report.threads} threads",
         str(report.device),
+        *(f"{part}: {', '.join(f'{nodes} nodes on {name}' for name, nodes in found.items())}" for part, found in report.placement.items() if len(found) > 1),
     ]
     parts = ["\n".join(head), table(("what", "measured"), figure_rows(report)), table(("stage, ms", "p50", "p90", "n"), stage_rows(report.latency))]
     if report.gates:

@@ -19,6 +19,7 @@ from ..errors import RecipeError, RequestError
 from ..images import MAX_PIXELS
 from ..progress import say
 from .jobs import Jobs
+from .memory import MB
 from .request import Limits
 from .service import Service, is_loopback
 from .session import Vlm
@@ -42,6 +43,7 @@ class ServeConfig:
     max_images: int = 16  # of one request
     max_megapixels: float = MAX_PIXELS / 1e6  # of one request's images together
     max_body_mb: float = 32.0
+    image_cache_mb: float = 256.0  # of features of images that were sent before; 0 remembers none
     grace: float = 30.0  # seconds for what runs when the server is told to stop
     provider: str = "cpu"
     threads: int | None = None
@@ -55,6 +57,7 @@ class ServeConfig:
             ("max_images", self.max_images >= 1, "at least 1"),
             ("max_megapixels", self.max_megapixels > 0, "more than 0"),
             ("max_body_mb", self.max_body_mb > 0, "more than 0"),
+            ("image_cache_mb", self.image_cache_mb >= 0, "0 (off) or more"),
             ("grace", self.grace >= 0, "0 or more seconds"),
         ):
             if not holds:
@@ -76,7 +79,7 @@ def serve(config: ServeConfig, vlm: Vlm | None = None) -> None:
             from . import load
 
             vlm = load(config.bundle, config.provider, config.threads)
-        vlm.memory.room = config.max_images
+        vlm.memory.room = int(config.image_cache_mb * MB)
         limits = limits_of(vlm, config)
         jobs = Jobs(config.parallel, config.queue)
         service = Service(vlm, limits, jobs, config.api_key, int(config.max_body_mb * 1e6))

@@ -4,47 +4,55 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from ..errors import BundleError, DataError
 from ..images import ImageSource, open_image
-from ..manifest import Manifest
+from ..manifest import Manifest, verify_files
 from .answer import Answer, Clock, Making, Stream
+from .batch import answer_all
 from .chat import Message, read_chat_format, text_message, user_message
 from .graphs import Parts, ResizableCache
+from .memory import MB
 from .options import Options, Wishes, read_options
 from .pictures import Picture, PictureMemory, new_picture
 from .pixels import Grid, Pixels
+from .steps import Context, Steps
 from .writer import Guides, Writer
 
-__all__ = ["Chat", "Context", "Options", "Picture", "Vlm", "common_prefix", "load_family", "prompt_keys"]
+HASHES, SELF_TEST = "comparing its files with their hashes", "its self-test"
+
+__all__ = ["HASHES", "SELF_TEST", "Chat", "Context", "Options", "Picture", "Vlm", "common_prefix", "load_family", "prompt_keys"]
 
 
-@dataclass
-class Context:
-    """The decoder's cache and what is in it: token ids, an image's key in the place of its tokens."""
+@dataclass(frozen=True)
+class Seen:
+    """An image of a prompt: as encoded before, or as it is to be encoded now and kept under `name`."""
 
-    cache: Any = None
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    prompt: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # the keys of the last prompt
-    logits: np.ndarray | None = None  # and what followed it, float32 [vocab]
+    name: bytes | None
+    what: Picture | Pixels
+
+    @property
+    def grid(self) -> Grid:
+        return self.what.grid if isinstance(self.what, Picture) else self.what.grids[0]
 
 
 class Vlm:
     """A vision-language model on this device. Answers are independent of each other; threads may share one."""
 
-    def __init__(self, manifest: Manifest, folder: Path, parts: Parts) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, parts: Parts, image_cache_mb: float = 0) -> None:
         """`folder` holds tokenizer and chat template. Raises BundleError where they are missing or the family is unknown."""
         self.manifest = manifest
         self.folder = folder
         self.parts = parts
-        self.memory = PictureMemory()  # off; a server turns it on, a chat has its pictures anyway
+        self.unverified: tuple[str, ...] = ()  # of HASHES and SELF_TEST
+        self.memory = PictureMemory(int(image_cache_mb * MB))  # a chat has its own pictures anyway
         self.format = read_chat_format(folder)
         self.family = load_family(manifest.model_type)
         for key in ("eos_token_ids", "image_token_id"):
@@ -72,6 +80,20 @@ class Vlm:
         """
         return self.chat(system).stream(question, images, **options)
 
+    def answer_batch(
+        self,
+        questions: Iterable[tuple[str, Sequence[ImageSource]]],
+        *,
+        system: str | None = None,
+        at_once: int = 8,
+        **options: Unpack[Wishes],
+    ) -> Iterator[Answer]:
+        """The answers to independent `questions` (text and images each), in their order, `at_once` written together: for evaluation.
+
+        Each is the answer that `answer` gives, but for rounding, and its timings share their steps with the others. Errors as for `stream`.
+        """
+        return answer_all(self, questions, read_options(**options), system, at_once)
+
     def reply(self, messages: Sequence[Message], images: Sequence[ImageSource] = (), options: Options | None = None, context: Context | None = None) -> Stream:
         """The next turn of a conversation that is given whole; `images` belong to its {"type": "image"} parts, in order.
 
@@ -84,6 +106,17 @@ class Vlm:
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers its turns."""
         return Chat(self, system)
+
+    def verify(self, *what: str) -> None:
+        """Compare the files with their hashes and run the golden self-test, as far as that is still to be done. Raises BundleError as `load` does."""
+        from .golden import self_test  # which is written in terms of this class
+
+        for one in set(what or self.unverified) & set(self.unverified):
+            if one == HASHES:
+                verify_files(self.folder, self.manifest)
+            else:
+                self_test(self, self.folder / str(self.manifest.golden))
+            self.unverified = tuple(other for other in self.unverified if other != one)
 
     def see(self, images: Sequence[ImageSource], alone: bool = True) -> list[Pixels]:
         """Each image decoded and preprocessed; `alone` as `shown_alone` has it."""
@@ -129,8 +162,11 @@ class Chat:
 
     def stream(self, question: str, images: Sequence[ImageSource] = (), **options: Unpack[Wishes]) -> Stream:
         """The next turn, piece by piece."""
+        return self._stream(question, images, read_options(**options))
+
+    def _stream(self, question: str, images: Sequence[ImageSource], options: Options) -> Stream:
         making = Making()
-        return Stream(self._turn(question, images, read_options(**options), making), making)
+        return Stream(self._turn(question, images, options, making), making)
 
     def _reply(self, messages: Sequence[Message], images: Sequence[ImageSource], options: Options) -> Stream:
         making = Making()
@@ -147,45 +183,54 @@ class Chat:
         self, messages: Sequence[Message], pictures: list[Picture], images: Sequence[ImageSource], options: Options, making: Making
     ) -> Generator[str, None, Answer]:
         """Answer `messages`; the encoded `images` are added to `pictures`, those of earlier turns."""
+        writer, complete = self._prepare(messages, pictures, images, options, making)
+        return (yield from self._generate(writer, pictures)) if complete else writer.answer()
+
+    def _prepare(
+        self, messages: Sequence[Message], pictures: list[Picture], images: Sequence[ImageSource], options: Options, making: Making
+    ) -> tuple[Writer, bool]:
+        """All before the decoder; and whether it was done to the end, rather than cancelled."""
         clock = making.clock = Clock()
         alone = self.vlm.shown_alone(len(pictures) + len(images))
         seen = self._look(images, alone, clock)
-        ids = self.vlm.prompt_ids(messages, [*(picture.grid for picture in pictures), *(_grid(one) for one in seen)])
+        ids = self.vlm.prompt_ids(messages, [*(picture.grid for picture in pictures), *(one.grid for one in seen)])
         # Before any image is encoded, which takes seconds: the prompt may not fit, the constraint may not be met.
         writer = Writer(self.vlm, ids, self._room(len(ids), options.max_tokens), options, making)
-        for image, one in zip(images, seen, strict=True):
+        for one in seen:
             if making.cancelled.is_set():
-                return Answer("", (), "cancelled", len(ids), clock.timings())
-            pictures.append(self._encode(image, one, alone, clock))
-        return (yield from self._generate(writer, pictures))
+                return writer, False
+            pictures.append(self._encode(one, clock))
+        return writer, True
 
-    def _look(self, images: Sequence[ImageSource], alone: bool, clock: Clock) -> list[Picture | Pixels]:
+    def _look(self, images: Sequence[ImageSource], alone: bool, clock: Clock) -> list[Seen]:
         """Each image preprocessed, or remembered as encoded."""
         start = time.perf_counter()
-        seen = [self.vlm.memory.find(image, alone) or self.vlm.see([image], alone)[0] for image in images]
+        names = [self.vlm.memory.name(image, alone) for image in images]
+        seen = [Seen(name, self.vlm.memory.find(name) or self.vlm.see([image], alone)[0]) for name, image in zip(names, images, strict=True)]
         clock.preprocess = time.perf_counter() - start
         return seen
 
-    def _encode(self, image: ImageSource, seen: Picture | Pixels, alone: bool, clock: Clock) -> Picture:
-        if isinstance(seen, Picture):
-            return seen
+    def _encode(self, seen: Seen, clock: Clock) -> Picture:
+        if isinstance(seen.what, Picture):
+            return seen.what
         start = time.perf_counter()
-        picture = new_picture(seen.grids[0], self.vlm.encode(seen))
+        picture = new_picture(seen.grid, self.vlm.encode(seen.what))
         clock.encode += time.perf_counter() - start
-        self.vlm.memory.keep(image, picture, alone)
+        self.vlm.memory.keep(seen.name, picture)
         return picture
 
     def _generate(self, writer: Writer, pictures: Sequence[Picture]) -> Generator[str, None, Answer]:
         logits = self._prefill(writer.prompt, pictures, len(writer.prompt) + writer.budget, writer.making.clock)
+        steps = Steps(self.vlm.parts, self.context, writer.prompt, writer.budget, writer.options.lookup)
         while True:
             if piece := writer.take(logits):
                 yield piece
             if writer.over():
                 break
-            logits = self._decode(np.array(writer.tokens[-1:], np.int64))
+            logits = steps.after(writer.tokens)
         if piece := writer.finish():
             yield piece
-        return writer.answer()
+        return writer.answer(steps.guessed)
 
     def _room(self, prompt: int, wanted: int) -> int:
         """How many tokens the answer may have after a prompt of `prompt`."""
@@ -238,11 +283,6 @@ class Chat:
         context.keys = keys[:known]
         return known
 
-    def _decode(self, ids: np.ndarray) -> np.ndarray:
-        logits = self.vlm.parts.decode(self.vlm.parts.embed(ids), self.context.cache)
-        self.context.keys = np.concatenate([self.context.keys, ids])
-        return logits
-
 
 def load_family(model_type: str) -> ModuleType:
     """The family's module in runtime/families. Raises BundleError if there is none."""
@@ -276,7 +316,3 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
     return int(differ[0]) if differ.size else size
-
-
-def _grid(seen: Picture | Pixels) -> Grid:
-    return seen.grid if isinstance(seen, Picture) else seen.grids[0]

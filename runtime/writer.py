@@ -52,7 +52,7 @@ class Writer:
 
     def __init__(self, vlm: Vlm, prompt: np.ndarray, budget: int, options: Options, making: Making) -> None:
         """`prompt` int64 [S]; the answer gets at most `budget` tokens. Raises as `Guides.guide`."""
-        self.prompt, self.budget, self.making, self._options = prompt, budget, making, options
+        self.prompt, self.budget, self.making, self.options = prompt, budget, making, options
         self._ends = set(vlm.manifest.generation["eos_token_ids"])
         self._rng = np.random.default_rng(options.sampling.seed)
         self._guide = vlm.guides.guide(options.constraint) if options.constraint else None
@@ -70,12 +70,14 @@ class Writer:
             return ""
         if self._guide:
             self._guide.push(token)
-        if self._options.top_logprobs is not None:
-            self.making.logprobs.append(rank(logits, token, self._options.top_logprobs))
+        if self.options.top_logprobs is not None:
+            self.making.logprobs.append(rank(logits, token, self.options.top_logprobs))
         return self._show(self._text.push(token))
 
     def over(self) -> str:
         """Why the answer ends here, '' if it goes on."""
+        if not self.tokens:
+            return "cancelled"  # before the first
         if self.tokens[-1] in self._ends or self._text.stopped or (self._guide and self._guide.done):
             return "stop"
         return "length" if len(self.tokens) == self.budget else "cancelled" if self.making.cancelled.is_set() else ""
@@ -84,12 +86,13 @@ class Writer:
         """The text that was held back."""
         return self._show(self._text.finish())
 
-    def answer(self) -> Answer:
-        timings, logprobs = self.making.clock.timings(), tuple(self.making.logprobs)
-        return Answer("".join(self._shown), tuple(self.tokens), self.over(), len(self.prompt), timings, logprobs)
+    def answer(self, guessed: int = 0) -> Answer:
+        """The whole; `guessed` of its tokens were run before their time."""
+        timings, logprobs = self.making.clock.timings(guessed), tuple(self.making.logprobs)
+        return Answer("".join(self._shown), tuple(self.tokens), self.over(), len(self.prompt), timings, logprobs, guessed)
 
     def _choose(self, logits: np.ndarray) -> int:
-        sampling = self._options.sampling
+        sampling = self.options.sampling
         if self._guide:
             logits = np.where(self._guide.allowed(), logits, -np.inf)
         seen = np.concatenate([self.prompt, np.array(self.tokens, np.int64)]) if sampling.repetition_penalty != 1 else self.prompt

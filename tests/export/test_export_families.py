@@ -66,7 +66,7 @@ def test_answers_are_generates(name: str, family_source: Sources, family_bundle:
 def test_an_image_is_remembered_as_it_was_shown(family_source: Sources, family_bundle: Bundles) -> None:
     """Alone, beside another, and alone again: LLaVA-OneVision shows it in tiles only where it is alone."""
     vlm = load(family_bundle("llava_onevision", "fp32"), threads=2)
-    vlm.memory = PictureMemory(8)
+    vlm.memory = PictureMemory(10**7)
     one, two = awkward_images()["plain"], awkward_images()["grey"]
     for images in ([one], [one, two], [one]):
         answer = vlm.reply([user_message(QUESTIONS[0], len(images))], images, Options(max_tokens=10)).answer

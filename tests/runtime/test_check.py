@@ -21,8 +21,9 @@ from masters.runtime.answer import Timings
 from masters.runtime.budget import WHAT, Budget, judge, read_budget
 from masters.runtime.check import CheckConfig, CheckReport, check, figures
 from masters.runtime.check_page import write_page
-from masters.runtime.device import peak_rss_mb, this_device
+from masters.runtime.device import this_device
 from masters.runtime.latency import Sustained, measure_cold_start, spread, summarise
+from masters.runtime.memory import peak_rss_mb
 from masters.runtime.report import number, report_text
 from masters.samples import Sample, read_samples
 
@@ -250,7 +251,7 @@ def test_a_cold_start_that_fails_says_why(bundle: Path, tmp_path: Path) -> None:
 
 def test_peak_memory_is_this_process_alone() -> None:
     """A small process started from this large one reports its own memory."""
-    code = "from masters.runtime.device import peak_rss_mb; a = peak_rss_mb(); b = b'x' * 80_000_000; print(a, peak_rss_mb())"
+    code = "from masters.runtime.memory import peak_rss_mb; a = peak_rss_mb(); b = b'x' * 80_000_000; print(a, peak_rss_mb())"
     before, after = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert before < 150
     assert 75 < after - before < 90

@@ -12,9 +12,11 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models
 from torch_reference import picture
 
+from masters.cli import main
 from masters.errors import DataError, RecipeError
 from masters.runtime import Vlm
 from masters.runtime.constraint import ChoiceGuide, Constraint, Vocabulary
@@ -200,3 +202,18 @@ def test_choices_need_no_extra(bundle: Path) -> None:
     said, refused = run.stdout.splitlines()
     assert said in ("a", "b")
     assert "pip install 'masters[grammar]'" in refused
+
+
+def test_the_command_line_asks_for_values(bundle: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "integer", "minimum": 3, "maximum": 5}))
+    for asked, allowed in (
+        (["--choice", "red", "--choice", "green"], "red|green"),
+        (["--pattern", "[a-c]{3}"], "[a-c]{3}"),
+        (["--json-schema", str(schema)], "[345]"),
+    ):
+        found = CliRunner().invoke(main, ["run", str(bundle), "what is it?", "--threads", "1", *asked])
+        assert re.fullmatch(allowed, found.stdout.strip()), found.output
+    refused = CliRunner().invoke(main, ["run", str(bundle), "what is it?", "--threads", "1", "--pattern", "a", "--choice", "a"])
+    assert refused.exit_code == 2
+    assert "constrained by choices and pattern" in refused.output

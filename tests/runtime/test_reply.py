@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from torch_reference import picture
 
-from masters.errors import DataError
+from masters.errors import DataError, ImageError
 from masters.runtime import Vlm
 from masters.runtime.chat import user_message
 from masters.runtime.detokenize import TokenBytes
@@ -71,7 +71,7 @@ def test_another_answer_to_a_prompt_computes_no_prompt_and_changes_nothing(share
     assert isinstance(parts.parts, OnnxParts)
     before, parts.parts.shared = parts.parts.shared, shared
     try:
-        counting.memory = PictureMemory(2)
+        counting.memory = PictureMemory(10**6)
         context, messages = Context(), [user_message(QUESTION, 1)]
 
         def ask(seed: int, context: Context | None) -> tuple[int, ...]:
@@ -96,8 +96,9 @@ def test_an_image_is_encoded_once_while_it_is_remembered(counting: Vlm) -> None:
     plain = counting.reply([user_message(QUESTION, 1)], [png(1)]).answer.token_ids
     counting.reply([user_message(QUESTION, 1)], [png(1)]).answer  # noqa: B018
     assert parts.encoded == 2, "without a memory nothing is kept"
-    counting.memory = PictureMemory(2)
-    for number, expected in ((1, 3), (1, 3), (2, 4), (1, 4), (3, 5), (2, 6)):
+    counting.memory = PictureMemory(2 * counting.encode(counting.see([png(1)])[0]).nbytes)
+    parts.encoded = 0
+    for number, expected in ((1, 1), (1, 1), (2, 2), (1, 2), (3, 3), (2, 4)):
         said = counting.reply([user_message(QUESTION, 1)], [png(number)]).answer
         assert parts.encoded == expected, "the one that was not used for longest is forgotten"
         if number == 1:
@@ -106,12 +107,34 @@ def test_an_image_is_encoded_once_while_it_is_remembered(counting: Vlm) -> None:
     assert again.timings.image_encode == 0
 
 
-def test_only_bytes_are_remembered_and_threads_may_share() -> None:
-    memory = PictureMemory(3)
-    made = {name: new_picture((0, 0), np.zeros((1, 2), np.float32)) for name in (b"a", b"b", b"c", b"d")}
-    memory.keep(picture(1), made[b"a"])
-    memory.keep(Path("a.png"), made[b"a"])
-    assert memory.find(picture(1)) is memory.find(Path("a.png")) is None
+def test_an_image_is_known_by_its_content(counting: Vlm, tmp_path: Path) -> None:
+    """A path by the file's bytes, whatever its name; what came decoded by its pixels."""
+    parts = counting.parts
+    assert isinstance(parts, Counting)
+    counting.memory = PictureMemory(10**6)
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    first.write_bytes(png(1))
+    second.write_bytes(png(1))
+    array = np.asarray(picture(1))
+    for image, expected in ((first, 1), (png(1), 1), (str(second), 1), (picture(1), 2), (array, 2), (array[:, ::-1], 3)):
+        counting.answer(QUESTION, [image], max_tokens=1)
+        assert parts.encoded == expected, f"after {type(image)}"
+    first.write_bytes(png(2))
+    counting.answer(QUESTION, [first], max_tokens=1)
+    assert parts.encoded == 4, "the file holds another picture now"
+    turned = picture(1)
+    turned.getexif()[0x0112] = 6
+    counting.answer(QUESTION, [turned], max_tokens=1)
+    assert parts.encoded == 5, "the same pixels, to be shown upright"
+    with pytest.raises(ImageError, match="no image file at"):
+        counting.answer(QUESTION, [tmp_path / "missing.png"])
+
+
+def test_the_memory_is_bounded_in_bytes_and_threads_may_share_it() -> None:
+    memory = PictureMemory(100)
+    made = {memory.name(text): new_picture((0, 0), np.zeros((size, 2), np.float32)) for text, size in ((b"a", 5), (b"b", 5), (b"c", 4), (b"d", 13))}
+    a, b, c, d = made
+    assert memory.name(b"a", alone=False) not in made
 
     def hammer() -> None:
         for _ in range(300):
@@ -124,8 +147,16 @@ def test_only_bytes_are_remembered_and_threads_may_share() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(memory.find(name) is not None for name in made) == 3
-    assert len({one.key for one in made.values()}) == 4
+    held = [name for name in made if memory.find(name)]
+    assert sum(made[name].features.nbytes for name in held) == memory._bytes <= 100
+    memory = PictureMemory(100)
+    for name in (a, b, d):
+        memory.keep(name, made[name])
+    assert memory.find(d) is None, "larger than the whole memory: nothing is thrown out for it"
+    assert memory.find(a)
+    memory.keep(c, made[c])
+    assert [memory.find(name) is not None for name in (a, b, c)] == [True, False, True]
+    assert PictureMemory(0).name(b"a") is None
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_image_is_encoded(counting: Vlm) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from masters.errors import BundleError
 from masters.manifest import list_files, read_manifest, write_manifest
 from masters.runtime import Vlm, load
 from masters.runtime.golden import compare, self_test
-from masters.runtime.graphs import check_provider
+from masters.runtime.graphs import OnnxParts
+from masters.runtime.providers import PROVIDERS
 
 
 def test_a_bundle_loads_and_passes_its_own_test(bundle: Path) -> None:
@@ -65,8 +67,11 @@ def test_the_self_test_names_the_stage_that_is_off(change: Callable[[dict[str, A
     folder = changed(bundle, tmp_path, change)
     with pytest.raises(BundleError, match=stage):
         load(folder, threads=1)
-    # Deferred, by name only.
-    assert load(folder, threads=1, verify=False).answer("hi", max_tokens=1).token_ids
+    # Deferred, by name only, and made up for.
+    deferred = load(folder, threads=1, test=False)
+    assert deferred.answer("hi", max_tokens=1).token_ids
+    with pytest.raises(BundleError, match=stage):
+        deferred.verify()
 
 
 @pytest.mark.parametrize("part", ["vision_encoder", "embed_tokens", "decoder_model_merged"])
@@ -103,21 +108,85 @@ def test_a_truncated_graph_is_refused_even_unverified(bundle: Path, tmp_path: Pa
     graph = folder / read_manifest(folder).parts["vision_encoder"].file
     graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
     with pytest.raises(BundleError, match="onnxruntime could not open") as caught:
-        load(folder, verify=False)
+        load(folder, verify=False, test=False)
     assert "\n" not in str(caught.value)
 
 
-def test_a_provider_that_is_not_here_is_refused(bundle: Path) -> None:
+def test_nothing_is_deferred_silently(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(bundle, threads=1).unverified == ()
+    assert caplog.records == []
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    vlm = load(folder, threads=1, verify=False)
+    assert vlm.unverified == ("comparing its files with their hashes",)
+    assert load(folder, threads=1, verify=False, test=False).unverified == ("comparing its files with their hashes", "its self-test")
+    assert ["opened without comparing" in record.message for record in caplog.records] == [True, True]
+    with pytest.raises(BundleError, match="was changed since its export"):
+        vlm.verify()
+    assert vlm.unverified, "it failed: it is still to be done"
+    late = load(bundle, threads=1, verify=False, test=False)
+    late.verify()
+    assert late.unverified == ()
+
+
+def test_a_provider_that_is_not_here_is_refused(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BundleError, match=r"'cuda' is not in this onnxruntime; here are: .*cpu"):
         load(bundle, provider="cuda")
-    with pytest.raises(BundleError, match="'warp' is not in this onnxruntime"):
-        load(bundle, provider="warp")
+    with pytest.raises(BundleError, match=r"'directml' is not in this onnxruntime"):
+        load(bundle, provider="dml")
+    with pytest.raises(BundleError, match=r"'warp' is not known; expected one of cpu, .*webgpu, xnnpack"):
+        load(bundle, provider="warp", fallback=True)
+    assert load(bundle, provider="cuda", threads=1, fallback=True).parts.provider == "cpu"
+    assert "'cuda' is not in this onnxruntime; everything runs on the CPU" in caplog.text
 
 
-def test_a_silent_fallback_is_refused() -> None:
-    with pytest.raises(BundleError, match="'cuda' was asked for and onnxruntime runs on cpu"):
-        check_provider(["CPUExecutionProvider"], "cuda")
-    check_provider(["CUDAExecutionProvider", "CPUExecutionProvider"], "cuda")
+def test_what_really_runs_is_reported(vlm: Vlm) -> None:
+    """Node by node, as the sessions tell."""
+    assert isinstance(vlm.parts, OnnxParts)
+    assert list(vlm.parts.placement) == ["vision_encoder", "embed_tokens", "decoder"]
+    assert all(list(found) == ["cpu"] and found["cpu"] >= 1 for found in vlm.parts.placement.values())
+    assert vlm.parts.placement["decoder"]["cpu"] > 20
+
+
+def test_a_silent_fallback_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A provider that is here, is accepted, and runs no node of ours: Azure's, for calls to its servers."""
+    import onnxruntime
+
+    if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime lacks the provider of Azure, which other builds have")
+    monkeypatch.setitem(PROVIDERS, "azure", "AzureExecutionProvider")
+    with pytest.raises(BundleError, match=r"'azure' was asked for and onnx/vision_encoder\.onnx runs on cpu"):
+        load(bundle, provider="azure", threads=1)
+    assert load(bundle, provider="azure", threads=1, fallback=True).parts.provider == "cpu"
+    assert "runs on cpu, as was allowed" in caplog.text
+
+
+def test_a_provider_that_is_plugged_in(bundle: Path, vlm: Vlm) -> None:
+    """OpenVINO beside the ordinary onnxruntime: the nodes are its, and so are the golden tensors and the answer."""
+    pytest.importorskip("onnxruntime_ep_openvino", reason="the package onnxruntime-ep-openvino is not installed")
+    plugged = load(bundle, provider="openvino", threads=1)
+    assert plugged.parts.provider == "openvino"
+    assert isinstance(plugged.parts, OnnxParts)
+    for part in ("vision_encoder", "decoder"):
+        assert plugged.parts.placement[part]["openvino"] > plugged.parts.placement[part].get("cpu", 0)
+    assert plugged.answer("what colour is it?", [picture(3)], max_tokens=8).token_ids == vlm.answer("what colour is it?", [picture(3)], max_tokens=8).token_ids
+
+
+def test_weights_are_mapped_into_memory(bundle: Path, tmp_path: Path) -> None:
+    """Weights beside their graph stay in their file: the process holds pages of it, unchanged, rather than a copy."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.is_file():
+        pytest.skip("this system has no /proc/self/smaps")
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    for graph in (folder / "onnx").glob("*.onnx"):
+        onnx.save(onnx.load(graph), graph, save_as_external_data=True, location=f"{graph.name}_data", size_threshold=1024)
+    vlm = load(folder, threads=1, verify=False)
+    found = re.findall(rf"{re.escape(str(folder))}/onnx/(\S+)\nSize: +(\d+) kB[^/]*?Anonymous: +(\d+) kB", smaps.read_text())
+    assert {name for name, _, _ in found} == {f"{graph.name}_data" for graph in (folder / "onnx").glob("*.onnx")}
+    table = next(int(size) for name, size, _ in found if name == "embed_tokens.onnx_data")
+    assert table == pytest.approx((folder / "onnx" / "embed_tokens.onnx_data").stat().st_size / 1024, abs=8)
+    assert sum(int(copied) for _, _, copied in found) == 0
+    assert vlm.answer("hi", max_tokens=1).token_ids
 
 
 def test_other_folders_are_refused(bundle: Path, tmp_path: Path) -> None:
@@ -136,7 +205,7 @@ def test_a_graph_of_another_layout_is_refused(bundle: Path, tmp_path: Path) -> N
     manifest = read_manifest(folder)
     write_manifest(folder, dataclasses.replace(manifest, parts={**manifest.parts, "decoder": manifest.parts["embed_tokens"]}))
     with pytest.raises(BundleError, match="lacks the input 'attention_mask'"):
-        load(folder, verify=False)
+        load(folder, verify=False, test=False)
 
 
 BLOCKED = """
@@ -167,3 +236,16 @@ def test_import_is_quick_and_light() -> None:
     loaded = set(runs[0][1])
     assert {"numpy", "tokenizers", "PIL", "jinja2"} <= loaded
     assert not loaded & {"torch", "transformers", "onnx", "coremltools", "click", "accelerate"}
+
+
+def test_the_guides_examples_run(bundle: Path, tmp_path: Path) -> None:
+    """docs/runtime.md, from its first example to its last, as one program."""
+    guide = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(examples) > 8
+    (tmp_path / "bundle").symlink_to(bundle)
+    picture(3).save(tmp_path / "street.png")
+    run = subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "cancelled" in run.stdout
+    assert "was opened without comparing its files with their hashes and its self-test" in run.stderr

@@ -17,6 +17,7 @@ from masters.errors import BundleError, DataError, ImageError, RecipeError
 from masters.runtime import Vlm
 from masters.runtime.chat import user_message
 from masters.runtime.graphs import OnnxParts
+from masters.runtime.memory import peak_rss_mb
 from masters.runtime.session import Context, Picture, common_prefix, prompt_keys
 
 QUESTION = "what colour is the shape?"
@@ -149,6 +150,7 @@ def test_timings_add_up(vlm: Vlm) -> None:
     assert len(timings.decode_steps) == 5
     assert timings.first_token + sum(timings.decode_steps) <= timings.total
     assert timings.decode_per_token == np.median(timings.decode_steps)
+    assert timings.peak_memory_mb == pytest.approx(peak_rss_mb(), abs=50)
     assert vlm.answer(QUESTION, max_tokens=1).timings.decode_per_token is None
 
 
