@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from ..progress import bar
 from ..samples import Sample
 from . import ranks
 from .buffer import Shelf, question_key
+from .features import KeptFeatures
 from .generate import Generated, Sampling, batches_by_length, failed, generate_own
 from .inputs import CollatePixels, Encoder
 from .judge import Verdict
+from .parallel import Hooked
 from .prefetch import process_count, read_prompts
 from .responses import Response
 
@@ -77,7 +79,7 @@ def collect(
         return any(row is None or (retry and row.finish == "failed") for row in found)
 
     # The batches of an unbroken run, less what is there: numbers depend a little on what is computed together.
-    batches = [[s for s in batch if lacking(s)] for batch in batches_by_length(samples, asking.batch * (ranks.count() if together else 1))]
+    batches = [[s for s in batch if lacking(s)] for batch in batches_by_length(samples, asking.batch * (ranks.count() if together else 1), images)]
     missing = [batch for batch in batches if batch]
     if missing:
         if together or ranks.is_main():
@@ -145,20 +147,24 @@ def _rows(asking: Asking, source: Source, sample: Sample, answers: Sequence[Gene
     return rows
 
 
-def in_process(model: Any, encoder: Encoder, collate_pixels: CollatePixels, source: Source, asking: Asking, processes: int | None) -> Engine:
+def in_process(
+    model: Any, encoder: Encoder, collate_pixels: CollatePixels, source: Source, asking: Asking, processes: int | None, images: Mapping[str, str]
+) -> Engine:
     """The engine that is a model in this process, or in all processes of the run: each answers its part of a batch, and all get all answers.
 
-    A question that can't be encoded gets failed answers.
+    `images` tells, by a question's id, what its images are known by: the same ones are encoded once. A question that can't be encoded gets failed answers.
     """
+    features = model.features if isinstance(model, Hooked) else KeptFeatures()
 
     def answer(batches: Sequence[Sequence[Sample]]) -> Iterator[tuple[Sample, list[Generated]]]:
-        mine = [batch[ranks.index() :: ranks.count()] for batch in batches]
+        # A run of neighbours to each process: they may show the same images.
+        mine = [batch[len(batch) * ranks.index() // ranks.count() : len(batch) * (ranks.index() + 1) // ranks.count()] for batch in batches]
         count = process_count([sample for part in mine for sample in part], processes)
         for batch, part, prompts in zip(batches, mine, read_prompts(encoder, mine, count), strict=True):
             found = {sample.id: [failed(str(error))] * source.count for sample, error in zip(part, prompts, strict=True) if isinstance(error, MastersError)}
             good = [(sample, prompt) for sample, prompt in zip(part, prompts, strict=True) if not isinstance(prompt, MastersError)]
-            readable, read = [sample for sample, _ in good], [prompt for _, prompt in good]
-            answers = generate_own(model, encoder, collate_pixels, readable, source.count, asking.sampling, asking.seed, source.weights, read)
+            readable, read = [sample for sample, _ in good], [replace(prompt, shown=images.get(sample.id, "")) for sample, prompt in good]
+            answers = generate_own(model, encoder, collate_pixels, readable, source.count, asking.sampling, asking.seed, source.weights, read, features)
             found |= {sample.id: given for sample, given in zip(readable, answers, strict=True)}
             every = {name: given for each in ranks.gathered(found) for name, given in each.items()}
             for sample in batch:

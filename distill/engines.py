@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,23 @@ class Weights:
 
 @contextmanager
 def open_engine(
-    name: str, wanted: Answers, source: Source, asking: Asking, encoder: Encoder, collate: CollatePixels, weights: Weights, place: Path
+    name: str,
+    wanted: Answers,
+    source: Source,
+    asking: Asking,
+    encoder: Encoder,
+    collate: CollatePixels,
+    weights: Weights,
+    place: Path,
+    images: Mapping[str, str],
 ) -> Iterator[Engine]:
-    """The engine `name` of the recipe's `wanted` with a source's weights; a server of our own writes its log and finds its folder below `place`."""
+    """The engine `name` of the recipe's `wanted` with a source's weights; a server of our own writes its log and finds its folder below `place`.
+
+    `images` are the digests of the images of each question's id.
+    """
     if name == "transformers":
         with weights.model() as model:
-            yield in_process(model, encoder, collate, source, asking, wanted.processes)
+            yield in_process(model, encoder, collate, source, asking, wanted.processes, images)
     elif name == "endpoint":
         yield from_endpoint(wanted.endpoint, encoder, source, asking)
     else:

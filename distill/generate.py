@@ -7,7 +7,8 @@ interruption changes what is sampled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 
 from ..samples import Sample
 from . import ranks
+from .features import KeptFeatures
 from .inputs import CollatePixels, Encoder, Prompt, pad_left, pad_places, to_device
 from .parallel import STAND_IN, within
 
@@ -76,9 +78,16 @@ def failed(reason: str) -> Generated:
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0)
 
 
-def batches_by_length(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Batches of prompts of similar length, so that little of a batch is padding."""
-    order = sorted(samples, key=lambda sample: (len(sample.prompt), sample.id))
+def batches_by_length(samples: Sequence[Sample], size: int, images: Mapping[str, str] | None = None) -> Iterator[list[Sample]]:
+    """Batches of prompts of similar length, so that little of a batch is padding.
+
+    With `images`, by what the images of each sample's id are known, questions about the same ones are neighbours where none is twice as long as another.
+    """
+    known, groups = images or {}, defaultdict[tuple[int, str], list[Sample]](list)
+    for sample in sorted(samples, key=lambda sample: (len(sample.prompt), sample.id)):
+        groups[len(sample.prompt).bit_length(), (known.get(sample.id) if sample.images else None) or sample.id].append(sample)
+    # A group stands where its shortest question does; a question without images, or whose images are not known, is a group of its own.
+    order = [sample for group in groups.values() for sample in group]
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
@@ -97,6 +106,7 @@ def generate_own(
     seed: int = 0,
     key: str = "",
     prompts: Sequence[Prompt] | None = None,
+    features: KeptFeatures | None = None,
 ) -> list[list[Generated]]:
     """`generate` for this process's part of a batch, which may be none of it.
 
@@ -107,7 +117,8 @@ def generate_own(
     asked, read = list(samples), [encoder.prompt(sample) for sample in samples] if prompts is None else list(prompts)
     if ranks.count() > 1 and not any(prompt.pictured for prompt in read):
         asked, read = [*asked, STAND_IN], [*read, encoder.prompt(STAND_IN)]
-    answers: list[list[Generated]] = within(model, generate, encoder, collate_pixels, asked, count, sampling, seed, key, read, ranks.all_true)
+    more = (sampling, seed, key, read, ranks.all_true, features)
+    answers: list[list[Generated]] = within(model, generate, encoder, collate_pixels, asked, count, *more)
     return answers[: len(samples)]
 
 
@@ -123,17 +134,21 @@ def generate(
     key: str = "",
     prompts: Sequence[Prompt] | None = None,
     ended: Ended = _all,
+    features: KeptFeatures | None = None,
 ) -> list[list[Generated]]:
     """`count` answers to each sample of one batch. The images are encoded, and the prompt is read, once for all of them.
 
     The random numbers of an answer follow from `seed`, `key`, the sample's id and the answer's place alone. `prompts` are the samples' where they
-    were encoded already. `ended` tells from which rows are done whether to go on.
+    were encoded already, `features` what this model made of images before. `ended` tells from which rows are done whether to go on.
     """
     model.eval()
     prompts = [encoder.prompt(sample) for sample in samples] if prompts is None else prompts
     ids, mask = pad_left([prompt.ids for prompt in prompts], encoder.pad)
     ids, mask, places = ids.to(model.device), mask.to(model.device), pad_places(prompts).to(model.device)
-    pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)
+    if features:
+        pixels = features.inputs(model, collate_pixels, prompts)
+    else:
+        pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)
     out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1, **pixels)
     cache = out.past_key_values
     cache.batch_repeat_interleave(count)

@@ -30,6 +30,7 @@ class Prompt:
     ids: Tensor
     pixels: Pixels
     positions: Tensor | None = None  # int64 [P] or, in A axes, [A, P]; None: 0, 1, 2 …
+    shown: str = ""  # what its images are known by: the same if they are; '' where nobody has looked
 
     @property
     def places(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import models, ranks
+from .families import family_of
 from .mask import TensorMask, apply_mask, restore
 from .parallel import mesh, own, own_rows, place
 from .stored import stored_weights
@@ -25,6 +26,8 @@ class MaskedTeacher:
             self.model = place(models.frozen(models.load_model(folder, dtype)), dtype, shard)
         self.masks, self.ratio, self.stored = masks, 0.0, stored_weights(folder, self.model.model)
         named = dict(self.model.model.named_parameters())
+        language = family_of(self.model.config.model_type).LANGUAGE
+        self.language_alone = all(any(part in mask.name for part in language) for mask in masks)  # a recipe may mask the tower too
         self.tensors = {mask.name: own(named[mask.name].data) for mask in masks}
         self.rows = {mask.name: own_rows(named[mask.name].data) for mask in masks}
 
@@ -34,7 +37,7 @@ class MaskedTeacher:
             restore(self.tensors, self.stored, self.rows)
         if ratio != self.ratio and ratio > 0:
             apply_mask(self.tensors, self.masks, ratio)
-        self.model.weights_changed()
+        self.model.weights_changed(self.language_alone or ratio == self.ratio)
         self.ratio = ratio
 
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import RunError
 from ..samples import Sample
 from . import ranks
+from .features import KeptFeatures
 
 
 def _white() -> bytes:
@@ -44,6 +45,7 @@ class Hooked(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.features = KeptFeatures()
         self._head: Tensor | None = None
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -60,9 +62,11 @@ class Hooked(nn.Module):
             self._head = whole(self.model.get_output_embeddings().weight.detach())
         return self._head
 
-    def weights_changed(self) -> None:
-        """To be called when a frozen model is frozen no more, as when its mask changes."""
+    def weights_changed(self, language_alone: bool = False) -> None:
+        """To be called when a frozen model is frozen no more, as when its mask changes; `language_alone` if tower and projector stay as they are."""
         self._head = None
+        if not language_alone:
+            self.features.clear()
 
 
 def within(model: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

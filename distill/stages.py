@@ -260,7 +260,7 @@ class _Run:
     ) -> list[Response]:
         wanted = self.recipe.answers
         asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge if self.recipe.judge.kind == "rules" else at_once)
-        opened = partial(open_engine, engine, wanted, source, asking, encoder, self.family.collate_pixels, weights, self.out / "serving")
+        opened = partial(open_engine, engine, wanted, source, asking, encoder, self.family.collate_pixels, weights, self.out / "serving", images)
         return collect(asking, source, samples, images, opened, settled, together=engine == "transformers")
 
     def _settled(self, share: Share, stages: Sequence[int]) -> Callable[[], bool]:
@@ -290,8 +290,10 @@ class _Run:
     @contextmanager
     def _answering_student(self, share: Share, stages: Sequence[int]) -> Iterator[Any]:
         self._check_untrained(share, stages)
+        student = self._student()
         with self._trainer().autocast():
-            yield self._student()
+            yield student
+        student.weights_changed()  # by the updates that follow
 
     def _student_folder(self, share: Share, stages: Sequence[int], place: Path) -> Path:
         if self._first_step(share, stages) == 0:

@@ -149,7 +149,7 @@ def test_each_image_is_encoded_once_for_all_answers(tiny: Any, encoder: Encoder,
     prefills: list[int] = []
     text = tiny.model.text_model.register_forward_hook(lambda module, given, kwargs, out: prefills.append(out.last_hidden_state.shape[1]), with_kwargs=True)
     try:
-        engine = in_process(tiny, encoder, collate_pixels, dataclasses.replace(SOURCE, count=4), asking, 0)
+        engine = in_process(tiny, encoder, collate_pixels, dataclasses.replace(SOURCE, count=4), asking, 0, {})
         answered = list(engine([samples[:4], samples[4:8]]))
     finally:
         hook.remove()
