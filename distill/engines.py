@@ -17,6 +17,7 @@ from .endpoint import Draw, Endpoint, ask
 from .generate import Generated
 from .inputs import CollatePixels, Encoder
 from .launch import serving
+from .prefetch import reading
 from .recipe import Answers
 
 
@@ -48,7 +49,7 @@ def open_engine(
     `images` are the digests of the images of each question's id.
     """
     if name == "transformers":
-        with weights.model() as model:
+        with weights.model() as model, reading():
             yield in_process(model, encoder, collate, source, asking, wanted.processes, images)
     elif name == "endpoint":
         yield from_endpoint(wanted.endpoint, encoder, source, asking)

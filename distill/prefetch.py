@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import MastersError
+from ..errors import MastersError, RunError
 from ..samples import Sample
 from .inputs import Encoder, Prompt
 
@@ -18,6 +22,7 @@ CHUNK = 8  # questions that a process encodes at once
 AHEAD = 2  # chunks that wait in each process: at most processes * AHEAD * CHUNK prompts are held
 WORTH = 256  # questions with images from which starting processes pays
 MOST = 8
+EVERY = 0.5  # seconds between two looks whether the parent is there
 
 
 def process_count(samples: Sequence[Sample], wanted: int | None) -> int:
@@ -36,9 +41,8 @@ def read_prompts(encoder: Encoder, batches: Sequence[Sequence[Sample]], processe
         return
     samples = [sample for batch in batches for sample in batch]
     context: Any = multiprocessing.get_context("fork")  # the encoder and the questions are there at once, and no main module is run again
-    loader = DataLoader(
-        _Prompts(encoder, samples), CHUNK, num_workers=processes, prefetch_factor=AHEAD, collate_fn=list, multiprocessing_context=context, worker_init_fn=_begin
-    )
+    common: dict[str, Any] = {"collate_fn": list, "multiprocessing_context": context, "worker_init_fn": partial(_begin, os.getpid())}
+    loader = DataLoader(_Prompts(encoder, samples), CHUNK, num_workers=processes, prefetch_factor=AHEAD, **common)
     held: list[Prompt | MastersError] = []
     chunks = iter(loader)
     for batch in batches:
@@ -46,6 +50,20 @@ def read_prompts(encoder: Encoder, batches: Sequence[Sequence[Sample]], processe
             held += [_unpacked(item) for item in next(chunks)]
         yield held[: len(batch)]
         held = held[len(batch) :]
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Say in one line if a process that reads ends while this block works, wherever the block is: torch raises it from a signal's handler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        found = " ".join(str(error).split())[:120]
+        raise RunError(
+            f"a process that reads images was ended ({found}), as for want of memory; finished answers are kept, run again, or with fewer by answers.processes"
+        ) from None
 
 
 class _Prompts(Dataset[Any]):
@@ -84,5 +102,13 @@ def _unpacked(item: Any) -> Prompt | MastersError:
     )
 
 
-def _begin(_: int) -> None:
+def _begin(parent: int, _: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, however it went: what nobody reads any more would hold it for ever."""
+    while os.getppid() == parent:
+        time.sleep(EVERY)
+    os._exit(1)

@@ -13,8 +13,8 @@ from typing import Any
 QUESTIONS_PER_FILE = 4
 REFUSED = 2
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "masters.distill.stages",
         "transformers.models.idefics3.modeling_idefics3",
@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
 
 def start(values: dict[str, Any], complaint: Path, until: str = "student") -> BaseProcess:
     """Begin `distill` on a recipe's plain values; a refusal is written to `complaint`, as the command line would print it."""
-    process = _context.Process(target=_work, args=(values, complaint, until), daemon=True)
+    process = context.Process(target=_work, args=(values, complaint, until), daemon=True)
     process.start()
     return process
 
