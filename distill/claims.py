@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def locked(out: Path, what: str = "a run", wait: bool = False) -> Iterator[None]
     except OSError as error:
         raise RunError(f"{out} can't hold {what} ({error.strerror}); expected a folder that can be written to, choose another one") from None
     with lock as handle:
+        os.register_at_fork(after_in_child=handle.close)  # or a child that outlives a killed run would hold its folder
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ class _Client:
             status, body, wait = await self._post(sent)
             if status == 200:
                 return _object(body)
-            refused = {name for name in OPTIONAL if name in sent and name in body.decode("utf-8", "replace")} if status in (400, 422) else set()
+            refused = refused_fields(body, sent) if status in (400, 422) else set()
             if not refused:
                 raise self._failure(status, body, wait)
             self.left_out |= refused
@@ -237,6 +237,17 @@ class _Client:
             "cache_salt": hashlib.sha256(self.draw.weights.encode()).hexdigest(),  # vLLM: other weights share no prefix
         }
         return request | token_fields(self.encoder) if self.encoder else request
+
+
+def refused_fields(body: bytes, sent: Mapping[str, Any]) -> set[str]:
+    """The optional fields of those `sent` that a refusal is about: its `param`, where it has one, since its message may also list what is known."""
+    text = body.decode("utf-8", "replace")
+    try:
+        param = json.loads(text)["error"]["param"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        param = None
+    named = {param} if isinstance(param, str) and param in sent else {name for name in sent if name in text}
+    return named.intersection(OPTIONAL)
 
 
 def token_fields(encoder: Encoder) -> dict[str, Any]:

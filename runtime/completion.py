@@ -25,8 +25,8 @@ class Completion:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The answers of all choices as one object."""
+    def whole(self, answers: Sequence[Answer], token_ids: bool = False) -> dict[str, Any]:
+        """The answers of all choices as one object; with `token_ids` each says the tokens that were drawn, its end token included."""
         choices = [
             {
                 "index": index,
@@ -34,6 +34,7 @@ class Completion:
                 "finish_reason": answer.finish_reason,
                 "logprobs": self.logprobs(Covered(self.spell).grow(answer.logprobs, answer.text)) if answer.logprobs else None,
             }
+            | ({"token_ids": list(answer.token_ids)} if token_ids else {})
             for index, answer in enumerate(answers)
         ]
         return self._object("chat.completion", choices) | {"usage": usage(answers), "timings": [timings(answer.timings) for answer in answers]}

@@ -24,7 +24,7 @@ from .sampling import Sampling
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 READ = (
     *("messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
-    *("n", "stream", "stream_options", "logprobs", "top_logprobs", *FORMATS),
+    *("n", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids", *FORMATS),
 )
 # They steer OpenAI's own service, not the answer.
 IGNORED = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls")
@@ -71,6 +71,7 @@ class Request:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
+    token_ids: bool = False  # whether each choice says the tokens that were drawn, as vLLM's server does
 
 
 def read_request(body: bytes, limits: Limits) -> Request:
@@ -80,7 +81,8 @@ def read_request(body: bytes, limits: Limits) -> Request:
     _check_model(raw.get("model"), limits.model)
     messages, images = _messages(raw.get("messages"), limits)
     stream = _flag(raw, "stream")
-    return Request(messages, images, _options(raw, limits), _whole(raw, "n", 1, 1, MOST_CHOICES), stream, _include_usage(raw.get("stream_options"), stream))
+    told = _include_usage(raw.get("stream_options"), stream), _token_ids(raw, stream)
+    return Request(messages, images, _options(raw, limits), _whole(raw, "n", 1, 1, MOST_CHOICES), stream, *told)
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -160,6 +162,13 @@ def _include_usage(value: Any, stream: bool) -> bool:
     if not isinstance(value, dict) or not stream:
         raise RequestError(f"'stream_options' is {show(value)}; expected an object, and \"stream\": true beside it", param="stream_options")
     return _flag(value, "include_usage")
+
+
+def _token_ids(raw: dict[str, Any], stream: bool) -> bool:
+    wanted = _flag(raw, "return_token_ids")
+    if wanted and stream:
+        raise RequestError("'return_token_ids' beside \"stream\": true; expected one of them, ids come with whole answers alone", param="return_token_ids")
+    return wanted
 
 
 def _messages(raw: Any, limits: Limits) -> tuple[tuple[Message, ...], tuple[bytes, ...]]:

@@ -66,7 +66,7 @@ class Talk:
             event = await self.next()
             if isinstance(event, End):
                 ends.append(event)
-        return self.completion.whole([end.answer for end in ends])
+        return self.completion.whole([end.answer for end in ends], self.request.token_ids)
 
     async def lines(self, event: Piece | End) -> AsyncIterator[bytes]:
         """The stream's lines, beginning with `event`; an error in its midst is its last line."""

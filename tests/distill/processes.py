@@ -10,6 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 QUESTIONS_PER_FILE = 4
 REFUSED = 2
 
@@ -36,6 +38,12 @@ def run(values: dict[str, Any], complaint: Path, seconds: float = 300, until: st
     process = start(values, complaint, until)
     process.join(seconds)
     assert process.exitcode == 0, complaint.read_text() if complaint.exists() else f"exit code {process.exitcode}"
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file, of a part that is being written none."""
+    found: list[dict[str, Any]] = [] if path.name.startswith(".") else pq.read_table(path).to_pylist()
+    return found
 
 
 def kill_when(process: BaseProcess, reached: Callable[[], bool], delay: float, seconds: float = 300) -> None:

@@ -234,6 +234,20 @@ def test_fields_that_a_server_does_not_know_are_left_out_but_not_the_sampling(en
             answers(to(server.url), encoder, samples * 2)
 
 
+def test_a_refusal_that_lists_what_is_known_costs_its_own_field_alone(encoder: Encoder, samples: list[Sample]):
+    known = {"model", "messages", "n", "seed", "stream", "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "return_token_ids", "min_p"}
+
+    def strict(request: dict[str, Any], _: int) -> tuple[Any, Any]:
+        unknown = sorted(request.keys() - known)
+        error = {"message": f"unknown field; expected fields of {', '.join(sorted(known))}", "param": (unknown or [None])[0]}
+        return (400, {"error": error}) if unknown else (200, told(encoder, *["yes"] * request["n"]))
+
+    with serve_script(strict) as server:
+        found = answers(to(server.url), encoder, samples[:2])
+    assert all(answer.told for group in found.values() for answer in group)
+    assert set(server.requests[-1]) == known
+
+
 def test_images_are_sent_as_training_sees_them(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     plain, turned, palette, bmp = (tmp_path / name for name in ("plain.jpg", "turned.jpg", "palette.png", "a.bmp"))

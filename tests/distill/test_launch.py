@@ -101,14 +101,18 @@ def test_several_sampled_answers_come_with_the_ids_that_were_sampled(served: End
 
 @llama
 def test_a_run_on_servers_of_its_own_answers_as_the_one_in_process(questions: Path, tmp_path: Path):
-    """The masked teacher, the whole one and the student, each on a server of its own: mask, checkpoint, GGUF and engine in one."""
+    """The masked teacher, the whole one and the student, each on a server of its own: mask, checkpoint, GGUF and engine in one.
+
+    No cache outlives the weights that filled it: each server begins after the one before it has gone.
+    """
+    alone = ("sh", "-c", ALONE.format(pids=tmp_path / "pids"), "sh", *LLAMA)
     raw: dict[str, Any] = {
         "student": str(TRAINED / "student"),
         "teachers": [{"model": str(TRAINED / "teacher"), "r_max": 0.4}],
         "data": {"train": str(tmp_path / "texts.jsonl"), "validation": str(questions / "validation.jsonl")},
         "mask": {"step": 0.4},
         "train": {"dtype": "float32"},
-        "answers": {"teacher": 2, "student": 2, "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 6, "vllm": {"command": list(LLAMA)}},
+        "answers": {"teacher": 2, "student": 2, "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 6, "vllm": {"command": list(alone)}},
     }
     rows = [f'{{"id": "q{i}", "question": "{q}", "answer": "yes"}}' for i, q in enumerate(QUESTIONS)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows) + "\n")
@@ -123,11 +127,17 @@ def test_a_run_on_servers_of_its_own_answers_as_the_one_in_process(questions: Pa
     serving_folder = tmp_path / "vllm" / "serving"
     assert {path.name for path in serving_folder.iterdir()} == {"teacher0-stage0.log", "teacher0-stage1.log", "student0.log"}, "the checkpoint is gone"
     assert all("listening" in path.read_text() for path in serving_folder.iterdir())
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(set(pids)) == len(pids) == 3, "one process for each ratio and one for the student"
+    assert "alive" not in pids
 
 
 QUESTIONS = [f"what is the color of the {shape}?" for shape in ("circle", "triangle", "rectangle")] + [
     f"is there a {color} shape?" for color in ("red", "blue", "green", "teal", "black", "yellow", "brown")
 ]
+
+# Notes its process, and whether one of those before it is there still.
+ALONE = 'for p in $(cat {pids} 2>/dev/null); do kill -0 "$p" 2>/dev/null && echo alive >> {pids}; done; echo $$ >> {pids}; exec "$@"'
 
 # A server with a child of its own; the file `health` makes it healthy.
 SCRIPT = "sleep 654 & exec {python} -m http.server {port} --bind 127.0.0.1 --directory {model}"

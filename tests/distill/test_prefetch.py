@@ -66,7 +66,7 @@ def test_readers_end_with_the_process_that_asked_for_them(number: int, questions
     # Not a daemon, which may have no children.
     process: BaseProcess = processes.context.Process(target=wait_half_read, args=(questions, tmp_path / "pids"))
     process.start()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while not (tmp_path / "pids").exists():
         assert process.is_alive(), process.exitcode
         assert time.monotonic() < end

@@ -114,6 +114,7 @@ BODIES: list[tuple[Any, int, str]] = [
     ({"messages": HI, "stop": "x" * 1000}, 400, "1 to 256 characters"),
     ({"messages": HI, "stream": "yes"}, 400, "true or false"),
     ({"messages": HI, "stream_options": {"include_usage": True}}, 400, "stream"),
+    ({"messages": HI, "return_token_ids": 1}, 400, "true or false"),
     ({"messages": HI, "top_logprobs": 3}, 400, "without 'logprobs'"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, 400, "from 0 to 20"),
     ({"messages": HI, "tools": [{"type": "function"}]}, 400, "'tools' is a list of 1, which this server can't do"),
