@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
 import random
 from collections import Counter
@@ -15,6 +16,7 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 
+from masters.distill import prefetch
 from masters.distill.answers import Asking, Engine, Source, collect, in_process
 from masters.distill.buffer import Shelf, check_failures, image_digests, question_key
 from masters.distill.families.idefics3 import collate_pixels
@@ -159,7 +161,12 @@ def test_each_image_is_encoded_once_for_all_answers(tiny: Any, encoder: Encoder,
     assert all(len(answers) == 4 for _, answers in answered)
 
 
-def test_processes_give_the_prompts_that_are_read_here(encoder: Encoder, samples: list[Sample], tmp_path: Path):
+@pytest.mark.parametrize("room", [None, mmap.PAGESIZE], ids=["shared memory", "too small"])
+def test_processes_give_the_prompts_that_are_read_here(
+    room: int | None, encoder: Encoder, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if room:
+        monkeypatch.setattr(prefetch, "_room", lambda *_: room)
     (tmp_path / "bad.png").write_bytes(b"no image")
     bad = dataclasses.replace(samples[0], id="bad", images=(tmp_path / "bad.png",))
     two = dataclasses.replace(samples[0], id="two", images=samples[0].images + samples[1].images)
