@@ -77,10 +77,14 @@ def test_a_question_without_ground_truth_is_named_before_any_work(raw: dict[str,
     for nothing in empty:
         spoilt = {key: value for key, value in rows[3].items() if key not in ("answer", "answers")} | nothing
         file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], spoilt, *rows[4:]]))
-        with pytest.raises(DataError, match=r"train\.jsonl row 4: no answer; expected a string or a list") as caught:
-            distill(recipe_of(raw, data={"train": str(file), "validation": str(questions / "validation.jsonl")}))
+        data = {"train": str(file), "validation": str(questions / "validation.jsonl")}
+        with pytest.raises(DataError, match=r"1 of 40 .*mend them, the first: .*train\.jsonl row 4: no answer; expected a string or a list") as caught:
+            distill(recipe_of(raw, data=data | {"max_skipped": 0}))
         one_line(caught)
         assert not Path(raw["out"]).exists()
+    out = distill(recipe_of(raw, data=data), until="check")
+    [left_out] = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    assert (left_out["file"], left_out["id"]) == ("train", "row 4"), "where few may be skipped, it is, and is counted"
 
 
 def test_a_buffer_of_another_recipe_or_tokenizer_is_refused_and_left_as_it_was(raw: dict[str, Any], models: Any, tmp_path: Path):
