@@ -27,7 +27,7 @@ from .vision import build_vision
 __all__ = ["follows", "load_parts", "model_config", "store_weights", "write_parts"]
 
 FOLDER = "onnx"
-# transformers.js knows a file's precision by these. int8 is its q8: dynamic, with unsigned weights.
+# transformers.js knows a file's precision by these. int8 is its q8: dynamic.
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 # The rotary tables hold a row for every position.

@@ -15,13 +15,15 @@ from .graph import MICROSOFT, new_initializer
 
 # Candidate scales, as fractions of the one that puts the largest weight at code -8, in the search for the least squared error.
 STRETCH = np.linspace(1.15, 0.6, 23, dtype=np.float32)
+# The largest code of a weight that is multiplied in integers: processors without VNNI add two products 255 · code in 16 bits, which larger ones overflow.
+FACTOR = 64
 SEARCH_BYTES = 2**24  # of float32 handled at once, so that the search stays in the cache and its memory is bounded
 
 
-def int8_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float[R, C] -> (codes int8[R, C], scales float32[R, 1]): symmetric, a row's largest magnitude is 127."""
-    scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny).astype(np.float32) / 127
-    return np.clip(np.rint(weight / scales), -127, 127).astype(np.int8), scales
+def int8_rows(weight: np.ndarray, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
+    """float[R, C] -> (codes int8[R, C], scales float32[R, 1]): symmetric, a row's largest magnitude is `largest`."""
+    scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny).astype(np.float32) / largest
+    return np.clip(np.rint(weight / scales), -largest, largest).astype(np.int8), scales
 
 
 def int4_blocks(weight: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,23 +73,22 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
 
 
 def quantize_int8(model: ir.Model) -> ir.Model:
-    """Replace every MatMul by a weight with a dynamically quantised one: activations uint8 per call, weights uint8 per column.
+    """Replace every MatMul by a weight with a dynamically quantised one: activations uint8 per call, weights int8 per column, at most FACTOR in size.
 
-    uint8 with zero point 128 rather than int8: ONNX Runtime's web build has no kernels for signed weights, and AVX2's signed ones saturate.
+    Signed, because ONNX Runtime multiplies unsigned weights without the processor's instructions for it, four times slower (docs/speed.md).
     """
     quantised: dict[str, list[ir.Value]] = {}  # an activation that feeds several products is quantised once
 
     def replace(node: ir.Node, x: ir.Value, weight: np.ndarray) -> list[ir.Node]:
-        codes, scales = int8_rows(weight.T)
+        codes, scales = int8_rows(weight.T, FACTOR)
         name = _weight_name(node)
         new: list[ir.Node] = []
         if (x.name or "") not in quantised:
             new.append(_node("DynamicQuantizeLinear", [x], f"{x.name}.quantized", outputs=3))
             quantised[x.name or ""] = list(new[-1].outputs)
         x_codes, x_scale, x_zero = quantised[x.name or ""]
-        w_codes = _add(model, f"{name}_uint8", (codes.T.astype(np.int16) + 128).astype(np.uint8))
-        w_scale, w_zero = _add(model, f"{name}_scale", scales[:, 0]), _add(model, "zero_point_128", np.array(128, np.uint8))
-        product = _node("MatMulInteger", [x_codes, w_codes, x_zero, w_zero], f"{node.name}.integer")
+        w_codes, w_scale = _add(model, f"{name}_int8", codes.T), _add(model, f"{name}_scale", scales[:, 0])
+        product = _node("MatMulInteger", [x_codes, w_codes, x_zero], f"{node.name}.integer")
         wide = _node("Cast", [product.outputs[0]], f"{node.name}.cast", to=ir.DataType.FLOAT.value)
         scale = _node("Mul", [x_scale, w_scale], f"{node.name}.scale")
         return [*new, product, wide, scale, _node("Mul", [wide.outputs[0], scale.outputs[0]], f"{node.name}.scaled")]

@@ -19,7 +19,7 @@ from torch import nn
 from ..runtime.graphs import TILES_AT_ONCE
 from .decoder import product_layers
 from .precision import Precision
-from .quantize import dequantize_int4, int4_blocks, int8_rows
+from .quantize import FACTOR, dequantize_int4, int4_blocks, int8_rows
 from .row import Row, judged
 from .source import Source
 
@@ -111,7 +111,7 @@ def _rounded_weight(layer: nn.Linear, precision: Precision) -> np.ndarray:
     weight = np.ascontiguousarray(layer.weight.detach().numpy())
     if precision.vision == "int4":
         return dequantize_int4(*int4_blocks(weight, precision.block_size), weight.shape[1])
-    codes, scales = int8_rows(weight)
+    codes, scales = int8_rows(weight, FACTOR)
     return codes * scales
 
 
@@ -149,8 +149,7 @@ def _codes(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarra
         codes = np.empty((*packed.shape[:2], 2 * packed.shape[2]), np.float32)
         codes[..., 0::2], codes[..., 1::2] = packed % 16, packed // 16
         return codes - 8, scales.reshape(-1, packed.shape[1])[rows]
-    zero = stored["zero_point_128"].numpy().item()
-    return (stored[f"{name}_uint8"].numpy()[:, rows].T.astype(np.float32) - zero)[:, None], scales.reshape(-1, 1)[rows]
+    return stored[f"{name}_int8"].numpy()[:, rows].T.astype(np.float32)[:, None], scales.reshape(-1, 1)[rows]
 
 
 def _int4_measures(blocks: np.ndarray, kept: np.ndarray, scales: np.ndarray) -> list[tuple[str, float, float]]:

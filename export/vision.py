@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from .fuse import fuse_vision
 from .graph import OPSET, clean
 
 
@@ -39,6 +40,8 @@ def build_vision(model: Any, family: ModuleType, half: bool = False) -> ir.Model
         )
     assert program is not None
     graph = clean(program.model)
+    if not half:  # ONNX Runtime's CPU has the fused operators in float32 alone
+        fuse_vision(graph)
     graph.graph.name = "vision_encoder"
     output = graph.graph.outputs[0]
     # The exporter names the count of real tiles after a symbol of its own (u0).

@@ -140,8 +140,9 @@ class Layer(nn.Module):
 
     def attention(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         n_tiles, n_patches, channels = x.shape
-        qkv = self.qkv(x).reshape(n_tiles, n_patches, 3, self.heads, channels // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each n, heads, N, head size
+        # Each n, heads, N, head size; cut so that export/fuse.py finds the attention.
+        shape = (n_tiles, n_patches, self.heads, channels // self.heads)
+        query, key, value = (part.reshape(shape).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         scores = (query * self.scale) @ key.transpose(2, 3)
         weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
         return self.out((weights @ value).transpose(1, 2).reshape(n_tiles, n_patches, channels))

@@ -103,13 +103,15 @@ def test_accuracy_level_is_explicit(level: int) -> None:
 
 
 def test_int8_graph(tmp_path: Path) -> None:
-    """Near the float product; unsigned weights; one quantisation of an activation that two products share; no float weight left."""
+    """Near the float product; signed weights whose products fit 16 bits; one quantisation of an activation that two products share; no float weight left."""
     weight, x = RNG.standard_normal((64, 40)).astype(np.float32), RNG.standard_normal((6, 64)).astype(np.float32)
     model = quantize_int8(product(weight, uses=2))
     kinds = [node.op_type for node in model.graph]
     assert (kinds.count("DynamicQuantizeLinear"), kinds.count("MatMulInteger"), kinds.count("MatMul")) == (1, 2, 0)
     types = {value.dtype for value in model.graph.initializers.values() if value.shape is not None and len(value.shape) == 2}
-    assert types == {ir.DataType.UINT8}
+    assert types == {ir.DataType.INT8}
+    largest = max(int(np.abs(value.const_value.numpy().astype(int)).max()) for value in model.graph.initializers.values() if value.dtype == ir.DataType.INT8)
+    assert 2 * 255 * largest < 2**15
     first, second = run(model, tmp_path / "q8.onnx", x=x)
     assert relative(first, x @ weight) < 0.02
     assert relative(second, x @ (2 * weight)) < 0.02

@@ -90,7 +90,7 @@ def test_healthy_weights_pass_and_the_loss_is_reported(word: str, lively_source:
         if isinstance(layer, torch.nn.Linear)
     ]
     assert len(product_weights(decoder(lively_source))) == 1 + 5 * len(layers) // 7  # queries, keys and values are one product; and the head
-    assert loss.difference == pytest.approx({"int8": 0.006, "int4": 0.08}[word], rel=0.3)
+    assert loss.difference == pytest.approx({"int8": 0.012, "int4": 0.08}[word], rel=0.3)
 
 
 FAULTS = {
@@ -103,9 +103,9 @@ FAULTS = {
     },
     "int8": {
         "a scale of one column, 10% off": edit(f"{WEIGHT}_scale", scaled(5)),
-        "the zero point, one off": edit("zero_point_128", lambda zero: zero + np.uint8(1)),
-        "two rows in each other's place": edit(f"{WEIGHT}_uint8", lambda codes: codes[[1, 0, *range(2, len(codes))]]),
-        "one code": edit(f"{WEIGHT}_uint8", lambda codes: np.where(np.arange(codes.size).reshape(codes.shape) == 77, codes ^ 2, codes).astype(np.uint8)),
+        "every code, one off": edit(f"{WEIGHT}_int8", lambda codes: codes + np.int8(1)),
+        "two rows in each other's place": edit(f"{WEIGHT}_int8", lambda codes: codes[[1, 0, *range(2, len(codes))]]),
+        "one code": edit(f"{WEIGHT}_int8", lambda codes: np.where(np.arange(codes.size).reshape(codes.shape) == 77, codes ^ 2, codes).astype(np.int8)),
     },
 }
 
@@ -197,7 +197,7 @@ def test_the_models_weights_become_the_files(lively_vlm: Path, bundle_of: Callab
     assert change[down] == pytest.approx(0.08, rel=0.3)
     assert change[embedding] == pytest.approx(0.007, rel=0.5)
     assert change["lm_head.weight"] == pytest.approx(0.08, rel=0.3), "a tied embedding keeps bits of its own"
-    assert change["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(0.006, rel=0.5)
+    assert change["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(0.012, rel=0.5)
     assert change["model.vision_model.embeddings.patch_embedding.weight"] == change["model.text_model.norm.weight"] == 0
     codes, scales = int4_blocks(original.model.get_parameter(down).detach().numpy(), 32)
     kept = source.model.get_parameter(down)
