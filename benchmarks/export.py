@@ -53,7 +53,8 @@ def measure(shape: str, model: Path, target: str, precision: str, out: Path) -> 
     import torch
 
     from masters.export import ExportConfig, export
-    from masters.runtime.device import MB, peak_rss_mb, this_device
+    from masters.runtime.device import this_device
+    from masters.runtime.memory import MB, peak_rss_mb
 
     torch.set_num_threads(2)
     start, worked = time.perf_counter(), time.process_time()
