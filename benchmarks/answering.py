@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4, 32], help="lengths of the answers that are written together")
     parser.add_argument("--part", choices=["lookup", "together", "constraints", "remembered"])
     chosen = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -145,7 +146,7 @@ def main() -> None:
     if chosen.part in (None, "remembered"):
         remembered(chosen.bundle, chosen.threads, pictures)
     if chosen.part in (None, "together"):
-        for tokens in (4, 32):
+        for tokens in chosen.tokens:
             together(vlm, pictures, tokens)
 
 
