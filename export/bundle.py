@@ -19,7 +19,7 @@ from ..runtime.session import Vlm
 from ..samples import read_samples
 from . import ExportConfig
 from .drop import measure_drop
-from .golden import GOLDEN, write_golden
+from .golden import GOLDEN, smallest, write_golden
 from .mobile import check_graphs
 from .parity import check_parity, check_stored, failures, rows_json
 from .precision import Precision, parse_precision
@@ -152,7 +152,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
         notes = [f"kept in spite of a mismatch: {line}" for line in failed]
         say(notes[0])
     if references:
-        write_golden(folder / GOLDEN, vlm, references[0])
+        write_golden(folder / GOLDEN, vlm, smallest(references))
     checks: list[dict[str, Any]] = []
     if config.data is not None:
         checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop, config.answers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,16 @@ from .parity import forced_logits, largest_difference
 from .reference import Reference
 
 GOLDEN = "golden.npz"
+PNG = b"\x89PNG"
 # What another processor's kernels may add to the difference measured here: as much again, and rounding in float32.
 MARGIN, FLOOR = 2.0, 1e-3
 PIXELS = 1e-4
+
+
+def smallest(references: Sequence[Reference]) -> Reference:
+    """The one whose image becomes the fewest pixels, of those that every decoder reads alike: a device tests itself each time that it opens the bundle."""
+    alike = [reference for reference in references if reference.image.startswith(PNG)] or list(references)
+    return min(alike, key=lambda reference: reference.prompt.pixels["pixel_values"].numel())
 
 
 def write_golden(path: Path, vlm: Vlm, reference: Reference) -> None:

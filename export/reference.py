@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +59,30 @@ def encode(source: Source, question: str, images: Sequence[bytes | Path]) -> Pro
 
 def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt, steps: int) -> Reference:
     """Run the model on an encoded prompt with one image, for up to `steps` tokens."""
-    with torch.no_grad():
+    with torch.no_grad(), _tower_once(source.model.model):
         features = source.family.image_features(source.model, prompt.pixels).numpy()
+        tokens, logits = greedy(source, prompt, steps)
         embeds = source.model.get_input_embeddings()(torch.from_numpy(prompt.ids)).numpy()
     # A row may go on behind the embedding, with zeros for text.
     embeds = np.pad(embeds, ((0, 0), (0, features.shape[-1] - embeds.shape[-1])))
-    tokens, logits = greedy(source, prompt, steps)
     return Reference(name, image, question, prompt, features, embeds, logits, tokens)
+
+
+@contextmanager
+def _tower_once(model: Any) -> Iterator[None]:
+    """Within, the features of one prompt's images are computed once: of a large model they take most of the time, and generation asks for them again."""
+    compute, found = model.get_image_features, []
+
+    def remembered(*inputs: Any, **options: Any) -> Any:
+        if not found:
+            found.append(compute(*inputs, **options))
+        return found[0]
+
+    model.get_image_features = remembered
+    try:
+        yield
+    finally:
+        del model.get_image_features
 
 
 def greedy(source: Source, prompt: Prompt, steps: int) -> tuple[np.ndarray, np.ndarray]:
