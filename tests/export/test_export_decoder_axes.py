@@ -88,6 +88,22 @@ def test_three_axes_equal_pytorch(name: str, tmp_path: Path) -> None:
     assert {node.name: node.shape for node in session.get_inputs()}["position_ids"] == [3, "batch_size", "sequence_length"]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_rows_of_a_batch_have_positions_of_their_own(name: str, tmp_path: Path) -> None:
+    """Three rows of other lengths, padded on the right, their pictures at other places: each row as it is alone."""
+    _, _, session = open_graph(name, tmp_path)
+    lengths, longest = (40, 29, 18), 40
+    embeds = np.random.default_rng(1).standard_normal((3, longest, WIDTH)).astype(np.float32)
+    positions = np.stack([np.pad(picture_positions(length)[:, 0], ((0, 0), (0, longest - length))) + 2 * row for row, length in enumerate(lengths)], axis=1)
+    mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    past = {f"past_key_values.{layer}.{kind}": np.zeros((3, KV, 0, HEAD), np.float32) for layer in range(LAYERS) for kind in ("key", "value")}
+    feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, "num_logits_to_keep": np.array(0)}
+    together = session.run(["logits"], feeds | past)[0]
+    for row, length in enumerate(lengths):
+        alone = run(session, embeds[row : row + 1, :length], positions[:, row : row + 1, :length])
+        assert_allclose(together[row, :length], alone[0], atol=2e-5 * abs(alone).max(), rtol=0)
+
+
 def test_vectors_for_the_first_layers(tmp_path: Path) -> None:
     """They stand behind each row's embedding, zeros where a token has none."""
     model, head, session = open_graph("qwen3_vl", tmp_path, injected=2)

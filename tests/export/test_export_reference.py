@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from masters.export.awkward import awkward_images
-from masters.export.golden import smallest
-from masters.export.reference import encode, greedy, refer
+from masters.export.golden import LIGHT, lightest, smallest
+from masters.export.reference import Reference, encode, greedy, refer
 from masters.export.source import Source
 
 QUESTION = "What is in the picture?"
@@ -44,3 +45,15 @@ def test_the_golden_image_is_the_smallest_that_decodes_alike_everywhere(lively_s
     assert smallest([larger, photo, plain]).name == "plain"
     assert smallest([photo, larger]).name == "larger"
     assert smallest([photo]).name == "photo"
+
+
+def test_a_large_models_second_check_takes_the_lightest_images(lively_source: Source) -> None:
+    image = awkward_images()["plain"]
+    plain = refer(lively_source, "plain", image, QUESTION, encode(lively_source, QUESTION, [image]), 1)
+
+    def of(share: float) -> Reference:
+        return replace(plain, name=f"{share}", prompt=replace(plain.prompt, pixels={"pixel_values": torch.empty(int(share * LIGHT), device="meta")}))
+
+    assert [reference.name for reference in lightest([of(0.9), of(0.5), of(0.2), of(0.3)])] == ["0.2", "0.3", "0.5"]
+    assert [reference.name for reference in lightest([of(3), of(2)])] == ["2"]
+    assert len(lightest([plain] * 9)) == 9
