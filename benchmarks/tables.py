@@ -86,7 +86,8 @@ def main() -> None:
     options = parser.parse_args()
     results = options.root / "benchmarks" / "results"
     families = families_table(json.loads((results / "families.json").read_text()), options.root)
-    costs = costs_table(json.loads((results / "export.json").read_text()))
+    measured = results / "export.json"
+    costs = costs_table(json.loads(measured.read_text())) if measured.is_file() else "Not measured yet."
     different = []
     for file, name, table in (("README.md", "families", families), ("docs/export.md", "costs", costs)):
         path = options.root / file

@@ -71,7 +71,8 @@ def refer(source: Source, name: str, image: bytes, question: str, prompt: Prompt
 @contextmanager
 def _tower_once(model: Any) -> Iterator[None]:
     """Within, the features of one prompt's images are computed once: of a large model they take most of the time, and generation asks for them again."""
-    compute, found = model.get_image_features, []
+    compute = model.get_image_features
+    found: list[Any] = []
 
     def remembered(*inputs: Any, **options: Any) -> Any:
         if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,14 @@ def test_the_tower_runs_once_a_prompt_and_gives_the_same(
     name: str, lively_source: Source, family_source: Callable[[str], Source], qwen_source: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = lively_source if name == "idefics3" else (qwen_source if "qwen" in name else family_source)(name)
-    calls = []
+    calls: list[int] = []
     compute = type(source.model.model).get_image_features
-    monkeypatch.setattr(type(source.model.model), "get_image_features", lambda *args, **options: calls.append(1) or compute(*args, **options))
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(type(source.model.model), "get_image_features", counted)
     for image in (awkward_images()["plain"], awkward_images()["thin"]):
         prompt = encode(source, QUESTION, [image])
         tokens, logits = greedy(source, prompt, 6)
