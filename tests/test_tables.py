@@ -23,8 +23,7 @@ def copy(tmp_path: Path) -> Path:
     for name in ("README.md", "docs/export.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in ("benchmarks/results", "distill/families", "export/families"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     return tmp_path
 
 
