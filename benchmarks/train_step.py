@@ -1,17 +1,19 @@
 """What a training step costs beside its peers: questions a second, memory, and on a GPU the share of its arithmetic that is put to use.
 
-    python benchmarks/train_step.py [--device cpu|cuda] [--objective paper|jsd] [--rounds 3] [--checkpointing] [--only ours,trl]
+    python benchmarks/train_step.py [--device cpu|cuda] [--shape deep] [--objective paper|jsd] [--rounds 3] [--checkpointing] [--only ours,trl]
 
 G = 8 answers of R tokens to a question with an image, whose prompt is 8 times as long, Qwen3-VL's real vocabulary of 151,936. Contenders, each in fresh
 processes that take turns:
 
     ours    prompt and image once, answers behind it; heads at answer positions, in chunks (masters.distill.forward and objective)
+    cached  the same with teacher_signal: cached: the teacher's states were kept before, and it is not in memory; what keeping them cost is left out
     plain   the same objective as one writes it with transformers: 8 rows of prompt and answer, full logits, autograd
     trl     TRL's DistillationTrainer.compute_loss (8 rows, chunked divergence), its generation left out; it knows no rewards, so 'jsd' alone
 
 'paper' is JSD, policy term and k3 against the starting point; 'jsd' the divergence alone. All losses must agree before anything is printed. TRL's GKDTrainer
 hands no images to its models, so it is not compared. Nothing is checkpointed unless --checkpointing, which is TRL's default, is given; then all are.
-CPU: float32, a small pair of models. CUDA: Qwen3-VL-8B teaches 2B, bfloat16 autocast over float32 weights of the student, frozen models in bfloat16.
+CPU: float32, a small pair of models; --shape deep has as much more weight in its layers than in its head as the real pair, and wants 10 GB.
+CUDA: Qwen3-VL-8B teaches 2B, bfloat16 autocast over float32 weights of the student, frozen models in bfloat16.
 """
 
 from __future__ import annotations
@@ -71,6 +73,16 @@ SHAPES = {
         16,
         1,
     ),
+    # The real pair's proportions: layers 4.5 and 12 times the head.
+    "deep": Shape(
+        dict(_TINY, hidden_size=64, intermediate_size=13800, num_hidden_layers=16, tie_word_embeddings=True),
+        dict(_TINY, hidden_size=96, intermediate_size=25000, num_hidden_layers=24),
+        _TINY_EYE,
+        _TINY_EYE,
+        (8, 8),
+        16,
+        1,
+    ),
     "cuda": Shape(
         dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True),
         dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8),
@@ -83,9 +95,9 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """Models and one step's data, as every contender gets them."""
+    """Models and one step's data, as every contender gets them; one may drop a model that it has done with."""
 
     shape: Shape
     objective: str
@@ -143,10 +155,14 @@ def set_up(shape: Shape, objective: str, device: torch.device, checkpointing: bo
     return Setup(shape, objective, device, student.train(), teacher, initial, prompts, answers, pixels, torch.tensor([1.0, 0.0] * (G // 2), device=device))
 
 
-def ours(setup: Setup) -> Callable[[], Tensor]:
+def cached(setup: Setup) -> Callable[[], Tensor]:
+    return ours(setup, keep=True)
+
+
+def ours(setup: Setup, keep: bool = False) -> Callable[[], Tensor]:
     from masters.distill import rewards
     from masters.distill.families import qwen3_vl as family
-    from masters.distill.forward import Group, move, pack, response_states
+    from masters.distill.forward import Group, PackedBatch, move, pack, response_states
     from masters.distill.inputs import Prompt
     from masters.distill.objective import Heads, ObjectiveWeights, loss, row_stats
 
@@ -154,15 +170,27 @@ def ours(setup: Setup) -> Callable[[], Tensor]:
     full, counts = setup.objective == "paper", torch.ones(G, device=setup.device)
     weights = ObjectiveWeights() if full else ObjectiveWeights(policy=0.0, beta=0.0)
 
-    def step() -> Tensor:
+    def packed() -> PackedBatch:
         prompts = [Prompt(ids, pixels, family.positions(ids, pixels, processor)) for ids, pixels in zip(setup.prompts, setup.pixels, strict=True)]
         groups = [Group(p, tuple(tuple(a) for a in answers.tolist())) for p, answers in zip(prompts, setup.answers, strict=True)]
-        batch = move(pack(groups, 0, family.collate_pixels), setup.device)
+        return move(pack(groups, 0, family.collate_pixels), setup.device)
+
+    @torch.no_grad()
+    def teacher(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.device.type == "cuda"):
+            return response_states(setup.teacher, batch), setup.teacher.lm_head.weight
+
+    kept = teacher(packed()) if keep else None
+    if keep:
+        setup.teacher = None
+
+    def step() -> Tensor:
+        batch = packed()
+        theirs, their_head = kept or teacher(batch)
         with torch.no_grad():
-            theirs = response_states(setup.teacher, batch)
             initial = None if setup.initial is None else response_states(setup.initial, batch)
         states = response_states(setup.student, batch)
-        heads = Heads(states, setup.student.lm_head.weight, theirs, setup.teacher.lm_head.weight, initial, setup.initial and setup.initial.lm_head.weight)
+        heads = Heads(states, setup.student.lm_head.weight, theirs, their_head, initial, setup.initial and setup.initial.lm_head.weight)
         stats = row_stats(heads, batch.tokens, batch.rows, batch.count, "jsd", "k3")
         advantages = [
             rewards.advantages(rewards.total_reward(setup.verdicts, rewards.distillation_reward("jsd_minmax", d, d), True, True), counts)
@@ -234,7 +262,7 @@ def trl(setup: Setup) -> Callable[[], Tensor]:
     return step
 
 
-CONTENDERS: dict[str, Callable[[Setup], Callable[[], Tensor]]] = {"ours": ours, "plain": plain, "trl": trl}
+CONTENDERS: dict[str, Callable[[Setup], Callable[[], Tensor]]] = {"ours": ours, "cached": cached, "plain": plain, "trl": trl}
 
 
 def measure(name: str, setup: Setup, steps: int) -> dict[str, Any]:
@@ -288,9 +316,9 @@ def flops(name: str, setup: Setup) -> float:
 
     2 a weight and token forward, 4 more backward; attention 4 x width a pair of tokens and layer forward, 8 more backward. Vision towers are frozen.
     """
-    shape, models = setup.shape, [(setup.student, 3), (setup.teacher, 1), *([(setup.initial, 1)] if setup.initial is not None else [])]
+    shape, models = setup.shape, [(model, passes) for model, passes in ((setup.student, 3), (setup.teacher, 1), (setup.initial, 1)) if model is not None]
     prompt, answer = 8 * shape.answer, shape.answer
-    if name == "ours":
+    if name in ("ours", "cached"):
         tokens, images, heads = prompt + G * (answer - 1), 1, G * answer
         pairs = prompt * (prompt + 1) / 2 + G * ((answer - 1) * prompt + answer * (answer - 1) / 2)
     else:
@@ -318,7 +346,8 @@ def table(rows: dict[str, list[dict[str, Any]]], shape: Shape, device: str) -> s
     middle = {name: {key: statistics.median(v for run in runs for v in run[key]) for key in ("seconds", "processor")} for name, runs in rows.items()}
     memory = {name: {key: max(run[key] for run in runs) for key in ("peak", "above")} for name, runs in rows.items()}
     peak = next((value for key, value in PEAKS.items() if key in torch.cuda.get_device_name()), None) if device == "cuda" else None
-    lines = ["| | questions/s | tokens/s | x | processor s | x | step's memory MiB | x | peak MiB | x | MFU |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ["", "questions/s", "tokens/s", "x", "processor s", "x", "step's memory MiB", "x", "held MiB", "peak MiB", "x", "MFU"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, runs in rows.items():
         m, s, first = memory[name], middle[name], next(iter(rows))
         mine, least = memory[first], middle[first]
@@ -327,7 +356,7 @@ def table(rows: dict[str, list[dict[str, Any]]], shape: Shape, device: str) -> s
         lines.append(
             f"| {name} | {speed:.3g} | {speed * shape.answer * (8 + G):.3g} | {s['seconds'] / least['seconds']:.2f} "
             f"| {s['processor']:.2f} | {s['processor'] / least['processor']:.2f} | {m['above']:,.0f} | {m['above'] / mine['above']:.2f} "
-            f"| {m['peak']:,.0f} | {m['peak'] / mine['peak']:.2f} | {used} |"
+            f"| {m['peak'] - m['above']:,.0f} | {m['peak']:,.0f} | {m['peak'] / mine['peak']:.2f} | {used} |"
         )
     return "\n".join(lines)
 
@@ -345,6 +374,7 @@ def check_losses(rows: dict[str, list[dict[str, Any]]], device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, default=None, help="the device's own unless given")
     parser.add_argument("--objective", choices=("paper", "jsd"), default=None, help="both unless given")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each contender")
     parser.add_argument("--steps", type=int, default=None, help="timed steps a process: 1 on a CPU, 5 on a GPU")
@@ -356,7 +386,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     changed = {key: value for key in ("answer", "questions") if (value := getattr(options, key)) is not None}
-    shape = replace(SHAPES[options.device], **changed)
+    shape = replace(SHAPES[options.shape or options.device], **changed)
     if options.one:
         warnings.filterwarnings("ignore")
         torch.set_num_threads(options.threads)

@@ -39,13 +39,13 @@ def set_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
         own(parameters[name]).copy_(own(like(parameters[name], values)))
 
 
-def set_optimizer_state(model: Any, optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping[str, Any]]) -> None:
+def set_optimizer_state(model: Any, optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The inverse of `optimizer_state`, in every process."""
     for name, parameter in model.named_parameters():
         for key, value in states.get(name, {}).items():
-            # A count of steps stays on the CPU; what is as large as the weight goes where that is.
-            values = like(parameter, value) if isinstance(value, Tensor) and value.shape == parameter.shape else value
-            optimizer.state[parameter][key] = values.clone() if isinstance(values, Tensor) else values
+            # All of it goes where the weight is: what is as large in shares as the weight is, a count of steps whole.
+            values = like(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
+            optimizer.state[parameter][key] = values.clone()
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

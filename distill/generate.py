@@ -151,7 +151,8 @@ def generate(
         pixels = to_device(collate_pixels([prompt.pixels for prompt in prompts]), model.device, model.dtype)
     out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1, **pixels)
     cache = out.past_key_values
-    cache.batch_repeat_interleave(count)
+    # As for beams: unlike repeating, this is known of recurrent layers' states, too.
+    cache.reorder_cache(torch.arange(len(ids), device=model.device).repeat_interleave(count))
     # What the repetition penalty has seen: padding must not be penalised, since a pad token may be the end token.
     seen = torch.where(mask.bool(), ids, ids[:, -1:]).repeat_interleave(count, dim=0)
     draws = torch.from_numpy(np.stack([_uniforms(f"{seed}/{key}/{sample.id}/{j}", sampling.max_tokens) for sample in samples for j in range(count)]))

@@ -131,12 +131,10 @@ def step_memory(student: Any, teacher: Any | None, load: Load, setting: Setting)
         "head": (0, trace.saved + tower, heads),
         "backward, begun": (by_head, trace.saved + trace.backward + tower, 0),
         "backward, ended": (gradients, max(0, trace.backward - trace.gradients) + _tied(student, ours), 0),
-        # Foreach kernels hold the roots of all second moments at once.
-        "optimizer": (gradients, gradients if setting.device == "cuda" else 2 * FLOAT * ours.ends, 0),
     }
     name, (found, activations, head) = max(moments.items(), key=lambda item: sum(item[1]))
     rest = load.pixel_bytes + gathered
-    return Memory(name, parameters, found + (kept if name != "optimizer" else 0), optimizer, initial, taught, activations + rest, head)
+    return Memory(name, parameters, found + kept, optimizer, initial, taught, activations + rest, head)
 
 
 def forward_memory(config: Any, load: Load, setting: Setting, cache: int, trainer: Memory | None) -> Memory:
