@@ -32,7 +32,7 @@ from masters.manifest import read_manifest
 
 HERE = Path(__file__).resolve().parent
 PEERS = (
-    "ours:int4,ours:int8,genai:int4,llama.cpp:Q4_0+F16,llama.cpp:Q4_0+Q8_0,llama.cpp:Q8_0+Q8_0,openvino:int4,transformers.js:int4,"
+    "ours:int4/128/4,ours:int4,ours:int8,genai:int4/128/4,genai:int4,llama.cpp:Q4_0+F16,llama.cpp:Q4_0+Q8_0,llama.cpp:Q8_0+Q8_0,openvino:int4,transformers.js:int4,"
     "torch:bfloat16,torch:float32,torch:bfloat16+compiled,torch:float32+compiled"
 )
 QUESTION = "What does the sign above the door of the shop say, and which colour is it? Answer with the words on the sign alone."
@@ -54,8 +54,7 @@ class Process:
 
     def __enter__(self) -> Process:
         self.complaints = tempfile.TemporaryFile("w+")
-        kind = self.name.partition(":")[0]
-        command = ["node", str(HERE / "runtime_peers.mjs")] if kind == "transformers.js" else [sys.executable, str(HERE / "runtime_peers.py")]
+        command = [sys.executable, str(HERE / "runtime_peers.py")]
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
         order = [*command, self.name, self.shape]
         try:

@@ -15,7 +15,7 @@ from masters.manifest import Manifest, read_manifest
 def text_model(shape: str, precision: str, threads: int) -> Path:
     """The folder that onnxruntime-genai opens; weights are the bundle's own files, linked."""
     bundle = bundle_folder(shape, precision)
-    folder = cache_folder() / shape / f"genai-{precision}-{threads}"
+    folder = cache_folder() / shape / f"genai-{precision.replace('/', '-')}-{threads}"
     if not folder.exists():
         manifest = read_manifest(bundle)
         with whole_folder(folder) as part:

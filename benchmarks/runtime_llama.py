@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -36,7 +35,7 @@ signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 
 class Llama:
-    """The server and a client that sends the picture's bytes. It shows each picture twice, as a tile and as a whole: one showing is taken off its times."""
+    """The server and a client that sends the picture's bytes. It encodes each picture twice, as a tile and as a whole, and its times hold both."""
 
     def __init__(self, shape: str, kind: str, threads: int) -> None:
         text, _, vision = kind.partition("+")
@@ -77,17 +76,12 @@ class Llama:
         self.server.kill()
 
     def answer(self, picture: Path, question: str, tokens: int) -> list[float]:
-        mark, start = self._written(), time.perf_counter()
+        start = time.perf_counter()
         image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()}}
         messages = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
         found = self._ask("/v1/chat/completions", messages=messages, max_tokens=tokens)
         total = time.perf_counter() - start
-        showings = [
-            float(ms) / 1000 for ms in re.findall(r"(?:slice|image|batch) (?:encoded|decoded)[^\n]* in (\d+) ms", Path(self.log.name).read_text()[mark:])
-        ]
-        self.detail["showings"] = showings
-        spared = sum(showings[: len(showings) // 2])
-        return self._times(found["timings"], total - spared)
+        return self._times(found["timings"], total)
 
     def decode(self, context: int, tokens: int) -> list[float]:
         start = time.perf_counter()
@@ -122,9 +116,6 @@ class Llama:
                     break
                 time.sleep(0.2)
         raise RuntimeError(f"llama.cpp's server did not start: {Path(self.log.name).read_text().strip().splitlines()[-1][:200]}")
-
-    def _written(self) -> int:
-        return len(Path(self.log.name).read_text())
 
 
 def gguf_folder(shape: str, text: str, vision: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,14 @@ def model_folder(shape: str) -> Path:
     return folder
 
 
-def bundle_folder(shape: str, precision: str, **settings: Any) -> Path:
-    """Our export of that model. Random weights have no answers to protect: what quantisation does to them is not judged."""
-    name = "-".join([precision.replace("=", "_").replace(",", "-"), *map(str, settings.values())])
-    folder = cache_folder() / shape / name
+def bundle_folder(shape: str, form: str) -> Path:
+    """Our export of that model: `form` is a precision, or with block size and accuracy level behind it, as in int4/128/4.
+
+    Random weights have no answers to protect: what quantisation does to them is not judged.
+    """
+    precision, *layout = form.split("/")
+    settings: dict[str, Any] = dict(zip(("block_size", "accuracy_level"), map(int, layout), strict=False))
+    folder = cache_folder() / shape / re.sub(r"[^\w]", "-", form)
     if not folder.exists():
         from masters.export import ExportConfig, export
 
