@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..bootstrap import Interval, sums_interval
-from ..files import write_json
+from ..errors import RunError
+from ..files import read_json, write_json
+from ..progress import say
 from ..samples import Sample
-from .judge import judge
+from .judge import Judge, judge
 from .responses import Response
 
 READ = 50  # disagreements to read
@@ -29,6 +31,7 @@ BIAS = 0.05  # partial correlation with length that an interval must wholly exce
 SAYS_ANYWAY = 0.9  # share of one verdict, whatever the rules say
 AGREES = 0.4  # kappa; below it, agreement is fair at best (Landis & Koch 1977)
 NULLS = 0.05
+BLIND = ("says yes", "says no")  # flags of a judge whose verdict tells nothing
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,22 @@ def judged(rows: Sequence[Response], samples: Sequence[Sample]) -> list[Judged]:
 def write_agreement(path: Path, rows: Sequence[Judged], kind: str) -> None:
     """Write judge.json; a judge of kind 'rules' is not compared with itself."""
     write_json(path, {"judge": kind} | describe(rows, compare=kind != "rules"))
+
+
+def check_judge(path: Path, rows: Sequence[Judged], settings: Judge, trained: bool) -> None:
+    """Write judge.json and say what speaks against the judge, once. Raises RunError before anything is trained on verdicts that tell nothing."""
+    told = {flag["name"] for flag in read_json(path).get("flags", [])} if path.exists() else set()
+    write_agreement(path, rows, settings.kind)
+    flagged = read_json(path).get("flags", [])
+    for flag in flagged:
+        if flag["name"] not in told or flag["name"] in BLIND:
+            say(f"JUDGE: {flag['name']}: {flag['figure']}; {flag['advice']}")
+    for flag in flagged:
+        if flag["name"] in BLIND and settings.blind == "stop" and not trained:
+            raise RunError(
+                f"the judge can't tell right from wrong: {flag['figure']}; answers and verdicts are kept, nothing was trained: read {path}, then take another "
+                "judge or judge.kind=rules, or, if it is the rules that are too strict for these answers, set judge.blind=warn"
+            )
 
 
 def describe(rows: Sequence[Judged], compare: bool = True) -> dict[str, Any]:
@@ -179,9 +198,19 @@ def flags(found: dict[str, Interval | None], nulls: float, count: int) -> list[F
     read = "read 'disagreements', take another judge, or judge.kind=rules"
     kappa, right, wrong, length = (found[name] for name in ("kappa", "right_called_right", "wrong_called_right", "length"))
     if wrong and wrong.low >= SAYS_ANYWAY:
-        flagged.append(Flag("says yes", f"of answers that the rules call wrong, {wrong} are called right", f"its verdict tells nothing: {read}"))
+        flagged.append(
+            Flag(
+                "says yes",
+                f"of answers that the rules call wrong, {wrong} are called right, kappa with the rules {kappa}",
+                f"its verdict tells nothing: {read}",
+            )
+        )
     if right and right.high <= 1 - SAYS_ANYWAY:
-        flagged.append(Flag("says no", f"of answers that the rules call right, {right} are called right", f"its verdict tells nothing: {read}"))
+        flagged.append(
+            Flag(
+                "says no", f"of answers that the rules call right, {right} are called right, kappa with the rules {kappa}", f"its verdict tells nothing: {read}"
+            )
+        )
     if length and (length.low >= BIAS or length.high <= -BIAS):
         kind, figure = "likes long answers" if length.mean > 0 else "likes short answers", f"partial correlation of verdict and length {length}"
         flagged.append(Flag(kind, figure, f"with the same verdict by the rules, length decides; unless longer answers say what the rules can't see, {read}"))

@@ -24,6 +24,7 @@ class Judge:
     endpoint: Endpoint = field(default_factory=Endpoint)
     max_tokens: int = 256  # of an explanation
     batch: int = 32  # answers that a model judges at once
+    blind: str = "stop"  # what a run does before it trains on a judge that says yes, or no, to almost everything: stop, warn
     max_unjudged: float = 0.1  # the share of answers that may stay without a verdict; with more, the run stops before it trains
 
 

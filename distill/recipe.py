@@ -212,6 +212,7 @@ _CHOICES = {
     "teacher_signal": ("live", "cached"),
     "answers.refresh": ("teacher", "stage"),
     "judge.kind": ("rules", "model", "endpoint"),
+    "judge.blind": ("stop", "warn"),
     "mask.scope": SCOPES,
     "objective.divergence": DIVERGENCES,
     "objective.kl": ("k3", "full"),

@@ -25,7 +25,7 @@ from ..files import read_json, whole_folder, write_json
 from ..progress import bar, say
 from ..samples import Sample
 from . import lora, models, ranks
-from .agreement import Judged, judged, write_agreement
+from .agreement import Judged, check_judge, judged
 from .answers import Asking, Source, collect
 from .buffer import check_failures, image_digests
 from .card import model_card, portable_values
@@ -206,7 +206,7 @@ class _Run:
                 given = self._teacher_answers(share, masks, stages, images) | self._student_answers(share, stages, images)
                 rows = [row for shelf in self._judge(share, masks, stages, given).values() for row in shelf]
             self.judged += judged(rows, asked)
-        ranks.once(write_agreement, self.out / "judge.json", self.judged, self.recipe.judge.kind)
+        ranks.once(check_judge, self.out / "judge.json", self.judged, self.recipe.judge, self._done() > self._first_step(share, stages))
         if wanted.truth:
             rows += [_truth(sample, self.encoder) for sample in asked for _ in range(wanted.truth)]
         groups: dict[str, list[Response]] = defaultdict(list)

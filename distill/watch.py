@@ -16,8 +16,8 @@ from typing import Any
 WINDOW = 40  # steps that are looked back on
 EVERY = 10  # steps between looks, for each is like a throw of the dice
 FEW = 10  # steps that tell how something began, or how it stands now
-FLAT = 6.0  # a swing of a median of three steps, in deviations of a single step; noise alone swings by half of that
-SWINGS = 5  # up and down within the window
+FLAT = 10.0  # a swing of a median of three steps, in deviations of a single step; noise alone swings by a third of that
+SWINGS = 4  # up and down within the window
 ALTERNATES = -0.7  # correlation of each step with the next one; noise has 0 ± 0.16
 LEGS = 3  # ups and downs of validation accuracy, each beyond SURE standard errors
 SURE = 3.5  # standard errors, where many looks are taken

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import os
+import re
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,10 +23,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from masters.demo.models import build_tokenizer
+from masters.distill.endpoint import Endpoint
 from masters.distill.generate import Generated, Sampling, failed
 from masters.distill.judge import Judge, Verdict
 from masters.distill.judge_prompts import Case, explain_prompt, judge_cases, parse_prompt, parsed, read_verdict
-from masters.distill.judges import at_once, from_model, judge_encoder, judge_rows, load_judge
+from masters.distill.judges import at_once, from_model, from_server, judge_encoder, judge_rows, load_judge
 from masters.distill.recipe import build_recipe
 from masters.distill.responses import Response
 from masters.distill.stages import distill
@@ -258,6 +265,40 @@ def steps_in(out: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
 
 
+def test_a_judge_that_always_says_yes_stops_the_run_before_it_trains(yes_sayer: Path, raw: dict[str, Any], capfd: pytest.CaptureFixture[str]):
+    values = raw | {"judge": {"kind": "model", "model": str(yes_sayer), "max_tokens": 32}}
+    with pytest.raises(RunError, match=r"the judge can't tell right from wrong: .* kappa with the rules 0\.000 .*; answers and verdicts are kept") as caught:
+        distill(build_recipe(values))
+    assert "judge.kind=rules" in str(caught.value)
+    assert "judge.blind=warn" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    out = Path(raw["out"])
+    assert not (out / "metrics.jsonl").exists(), "nothing was trained"
+    said, rows = (out / "responses" / "verdicts.jsonl").read_bytes(), rows_in(out)
+    assert "JUDGE: says yes" in capfd.readouterr().err
+    asked = [row for row in rows if row["judge"].startswith("model ")]
+    assert len(rows) == 48
+    assert len(asked) > 30
+    assert all(row["verdict"] == 1.0 and row["reason"] == "1" for row in asked)
+    found = json.loads((out / "judge.json").read_text())
+    assert found["agreement"]["kappa"]["mean"] == 0
+    assert found["null_rate"] == 0
+    [flag] = [flag for flag in found["flags"] if flag["name"] == "says yes"]
+    assert "its verdict tells nothing" in flag["advice"]
+
+    values["judge"]["blind"] = "warn"  # a run that was stopped goes on with it
+    distill(build_recipe(values))
+    assert (out / "responses" / "verdicts.jsonl").read_bytes() == said, "nothing is asked again"
+    assert rows_in(out) == rows
+    assert all(row["unjudged"] == 0 and row["reward_accuracy"] > 0.8 for row in steps_in(out))
+    told = capfd.readouterr().err
+    assert "JUDGE: says yes" in told
+    assert "FOUND: judge: says yes (judge.json)" in told, "the last line says it again"
+    page = (out / "report.html").read_text()
+    assert "judge: says yes" in page
+    assert "are called right, kappa with the rules 0.000" in page
+
+
 def test_the_unmasked_teacher_judges_by_default_and_what_it_can_not_say_stays_open(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """The tiny teacher's context is too short for the prompts: no verdict, hence no reward by verdict, and asked again until updates were made."""
     values = raw | {"judge": {"kind": "model", "max_tokens": 8}}
@@ -338,11 +379,100 @@ def test_a_server_judges_and_one_that_fails_is_asked_again(raw: dict[str, Any]):
     assert len(json.loads((out / "judge.json").read_text())["disagreements"]["to_read"]) > 0
 
 
+@contextmanager
+def asking(endpoint: Endpoint) -> Iterator[Any]:
+    yield from_server(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "reason"),
+    [
+        (500, "", "500"),
+        (400, "", "400"),
+        (200, "perhaps, perhaps not", "no verdict can be read"),
+        (200, "", "not parsed|failed"),
+    ],
+    ids=["500", "400", "garbage", "nothing"],
+)
+def test_what_a_server_fails_to_judge_is_null_and_asked_for_by_the_next_run(status: int, text: str, reason: str, tmp_path: Path):
+    rows, bad, kept = [response("1", "teal"), response("1", "red")], True, tmp_path / "verdicts.jsonl"
+
+    def says(prompt: str) -> tuple[int, str]:
+        if "Answer to check" not in prompt:
+            return 200, next((value for value in "10" if f"<answer>{value}" in prompt), text)
+        wrong = "<<<red>>>" in prompt
+        return (status, text) if wrong and bad else (200, f"So. <answer>{int(not wrong)}</answer>")
+
+    with judging_server(says) as (url, requests):
+        endpoint = Endpoint(url, "tiny", retries=1, pause=0.01, concurrency=2)
+
+        def judged() -> list[Response]:
+            return judge_rows({"s": rows}, [TEAL], Judge("endpoint", max_unjudged=1), "me", kept, partial(asking, endpoint))["s"]
+
+        assert [row.verdict for row in judged()] == [1.0, None]
+        [line] = [json.loads(line) for line in kept.read_text().splitlines() if '"verdict": null' in line]
+        assert re.search(reason, line["reason"]), line["reason"]
+        asked, bad = len(requests), False
+        assert [row.verdict for row in judged()] == [1.0, 0.0]
+        assert sum("<<<teal>>>" in request["messages"][0]["content"][0]["text"] for request in requests[asked:]) == 0, "what was judged is not asked again"
+        assert judged() == judged()
+
+
+def test_a_server_that_refuses_the_key_stops_the_run_and_keeps_what_was_judged(tmp_path: Path):
+    kept = tmp_path / "verdicts.jsonl"
+    VerdictFile(kept).add([verdict_key(TEAL, "teal", "me")], [Verdict(1.0, "yes", "me")])
+    before = kept.read_bytes()
+    with judging_server(lambda prompt: (401, "")) as (url, _):
+        asker = partial(asking, Endpoint(url, "tiny", retries=0))
+        with pytest.raises(RunError, match="401"):
+            judge_rows({"s": [response("1", "teal"), response("1", "red")]}, [TEAL], Judge("endpoint", max_unjudged=1), "me", kept, asker)
+    assert kept.read_bytes() == before, "a refused key is no verdict, not even a failed one"
+
+
+MANY = [Sample(str(i), (), f"which colour is thing {i}?", ("teal",)) for i in range(30)]
+
+
+def judge_slowly(kept: Path, log: Path) -> dict[str, list[Response]]:
+    """Judge two answers to each of thirty questions, four at a time; every answer asked about is noted."""
+
+    def says(text: str) -> str:
+        with open(log, "a") as handle:
+            handle.write(text + "\n")
+        time.sleep(0.002)
+        return f"I say {int(text.startswith('teal'))}"
+
+    rows = [dataclasses.replace(response(sample.id, f"{word} {sample.id}"), judge="", reason="") for sample in MANY for word in ("teal", "red")]
+    return judge_rows({"s": rows}, MANY, Judge("model", batch=4), "me", kept, Scripted(says))
+
+
+def test_a_run_killed_while_it_judges_loses_and_repeats_no_verdict(tmp_path: Path):
+    kept, log, lives = tmp_path / "verdicts.jsonl", tmp_path / "asked", list[bytes]()
+    for lines in (5, 17, 30, 41):
+        child = os.fork()
+        if child == 0:
+            judge_slowly(kept, log)
+            os._exit(0)
+        while not kept.exists() or kept.read_bytes().count(b"\n") < lines:
+            time.sleep(0.0005)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it was to be killed, and had ended by itself"
+        lives.append(kept.read_bytes())
+    found, end = judge_slowly(kept, log)["s"], kept.read_bytes()
+    assert all(end.startswith(life[: life.rfind(b"\n") + 1]) for life in lives), "what was judged stays"
+    keys = [json.loads(line)["key"] for line in end.splitlines()]
+    assert len(keys) == len(set(keys)) == 60, "nothing is judged twice"
+    assert [row.verdict for row in found] == [1.0, 0.0] * 30
+    assert found == judge_slowly(tmp_path / "whole.jsonl", tmp_path / "whole")["s"]
+    assert len(set(log.read_text().split("\n")) - {""}) == 60
+    assert len(log.read_text().splitlines()) <= 60 + 4 * len(lives), "at most the batch under way is asked for again"
+
+
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
         ({"kind": "endpoint"}, r"the judge 'endpoint' has no server; .* judge\.endpoint\.url"),
         ({"kind": "dice"}, r"'judge\.kind' is 'dice'; expected one of rules, model, endpoint"),
+        ({"blind": "trust"}, r"'judge\.blind' is 'trust'; expected one of stop, warn"),
         ({"max_unjudged": -1}, r"'judge\.max_unjudged' is -1\.0; expected at least 0"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from masters.distill.recipe import build_recipe, recipe_values
-from masters.distill.watch import WINDOW, Finding, Watch, Watched, accuracy_turns, count_swings, lag_correlation, turning_points, watch
+from masters.distill.watch import SWINGS, WINDOW, Finding, Watch, Watched, accuracy_turns, count_swings, lag_correlation, turning_points, watch
 
 RUN = Watched(total=60)
 Row = dict[str, Any]
@@ -85,9 +85,9 @@ def test_a_figure_that_goes_up_and_down_is_an_oscillation(period: int, found: bo
 
 def test_swings_within_the_noise_or_of_a_hundredth_do_not_count():
     draw = random.Random(0)
-    assert count_swings([1 + 0.3 * math.sin(i / 2) + draw.gauss(0, 0.3) for i in range(40)]) < 5
+    assert count_swings([1 + 0.3 * math.sin(i / 2) + draw.gauss(0, 0.3) for i in range(40)]) < SWINGS
     assert count_swings([1 + 0.01 * math.sin(i / 2) for i in range(40)]) == 0
-    assert count_swings([1 + 0.3 * math.sin(i / 2) for i in range(40)]) >= 5
+    assert count_swings([1 + 0.3 * math.sin(i / 2) for i in range(40)]) >= SWINGS
     assert count_swings([1.0] * 40) == 0
 
 
