@@ -107,3 +107,22 @@ def test_a_full_disk_at_the_end_leaves_no_half_student(raw: dict[str, Any], smal
     assert not list(recipe.out.rglob("*.part*"))
     filler.unlink()
     assert (distill(recipe) / "student" / "model.safetensors").exists()
+
+
+def test_an_image_that_goes_bad_before_training_is_one_line_and_training_goes_on_with_it_whole(raw: dict[str, Any], questions: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    shutil.copytree(questions, data)
+    recipe = recipe_of(raw, data={"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "limit": 12})
+    distill(recipe, until="answers")
+    answered = answers_of(recipe.out)
+    image = read_samples(recipe.data.train, 12)[7].images[0]
+    assert isinstance(image, Path)
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MastersError, match=image.name) as caught:
+        distill(recipe)
+    one_line(caught)
+    image.write_bytes(whole)
+    distill(recipe)
+    assert answers_of(recipe.out) == answered
+    assert (recipe.out / "student" / "model.safetensors").is_file()
