@@ -18,7 +18,7 @@ from .generate import Generated, Sampling, batches_by_length, failed, generate_o
 from .inputs import CollatePixels, Encoder
 from .judge import Verdict
 from .parallel import Hooked
-from .prefetch import process_count, read_prompts
+from .prefetch import process_count, read_prompts, reading
 from .responses import Response
 
 # From batches of questions to each question with its answers, in any order. A batch is finished before the next one is begun, or not, as the engine likes.
@@ -83,7 +83,8 @@ def collect(
     missing = [batch for batch in batches if batch]
     if missing:
         if together or ranks.is_main():
-            _make(asking, source, shelf, missing, keys, images, engine)
+            with reading():
+                _make(asking, source, shelf, missing, keys, images, engine)
         ranks.wait()
         rows = shelf.read()
     wanted = [rows[f"{keys[s.id]}/{place}"] for s in samples for place in range(source.count)]

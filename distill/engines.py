@@ -17,7 +17,6 @@ from .endpoint import Draw, Endpoint, ask
 from .generate import Generated
 from .inputs import CollatePixels, Encoder
 from .launch import serving
-from .prefetch import reading
 from .recipe import Answers
 
 
@@ -49,7 +48,7 @@ def open_engine(
     `images` are the digests of the images of each question's id.
     """
     if name == "transformers":
-        with weights.model() as model, reading():
+        with weights.model() as model:
             yield in_process(model, encoder, collate, source, asking, wanted.processes, images)
     elif name == "endpoint":
         yield from_endpoint(wanted.endpoint, encoder, source, asking)

@@ -6,7 +6,6 @@ findings, so a run that was killed and continued says what an unbroken one does.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ EVERY = 10  # steps between looks, for each is like a throw of the dice
 FEW = 10  # steps that tell how something began, or how it stands now
 FLAT = 10.0  # a swing of a median of three steps, in deviations of a single step; noise alone swings by a third of that
 SWINGS = 4  # up and down within the window
-ALTERNATES = -0.7  # correlation of each step with the next one; noise has 0 ± 0.16
+ALTERNATES = -0.7  # correlation of steps half a period apart; noise has 0 ± 0.16
+HALVES = range(1, 6)  # half periods that are looked for so; longer swings are counted
 LEGS = 3  # ups and downs of validation accuracy, each beyond SURE standard errors
 SURE = 3.5  # standard errors, where many looks are taken
 FELL = 0.1  # of accuracy, below which a fall is no collapse
@@ -104,11 +104,13 @@ def oscillation(steps: Rows, evaluations: Rows) -> Finding | None:
         values = _series(steps[-WINDOW:], key)
         if len(values) < WINDOW:
             continue
-        lag, swings = lag_correlation(values), count_swings(values)
-        if lag <= ALTERNATES or swings >= SWINGS:
-            how = f"swung {swings} times beyond the noise" if swings >= SWINGS else f"went up and down with every step (correlation of neighbours {lag:.2f})"
+        correlation, half = min((lag_correlation(values, half), half) for half in HALVES)
+        swings = count_swings(values)
+        if correlation <= ALTERNATES or swings >= SWINGS:
+            regular = f"went up and down every {2 * half} steps (correlation {correlation:.2f} at half of that)"
+            how = f"swung {swings} times beyond the noise" if swings >= SWINGS else regular
             said = f"{key} {how} in {WINDOW} steps, between {min(values):.3g} and {max(values):.3g}"
-            measured = {"swings": swings, "correlation": lag, "least": min(values), "most": max(values)}
+            measured = {"swings": swings, "correlation": correlation, "least": min(values), "most": max(values)}
             return Finding("oscillation", steps[-1]["step"], key, measured, said, keys, advice)
     turns = accuracy_turns(evaluations)
     if len(turns) > LEGS:
@@ -232,11 +234,11 @@ def _series(rows: Rows, key: str) -> list[float]:
     return [float(row[key]) for row in rows if key in row and math.isfinite(row[key])]
 
 
-def lag_correlation(values: Sequence[float]) -> float:
-    """Of each value with the next one, about their mean; 0 where they are all the same."""
+def lag_correlation(values: Sequence[float], lag: int = 1) -> float:
+    """Of each value with the one `lag` steps later, about their mean; 0 where they are all the same."""
     mean = fmean(values)
     total = sum((value - mean) ** 2 for value in values)
-    return sum((a - mean) * (b - mean) for a, b in itertools.pairwise(values)) / total if total > 1e-18 else 0.0
+    return sum((a - mean) * (b - mean) for a, b in zip(values, values[lag:], strict=False)) / total if total > 1e-18 else 0.0
 
 
 def count_swings(values: Sequence[float]) -> int:

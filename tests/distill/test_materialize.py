@@ -175,8 +175,8 @@ def killed(source: Path, out: Path, begun: Any) -> None:
 
 
 def test_killed_in_the_middle_nothing_has_the_final_name_and_a_second_try_succeeds(sharded: Path, tmp_path: Path):
-    begun = processes._context.Event()
-    process = processes._context.Process(target=killed, args=(sharded, tmp_path / "out", begun), daemon=True)
+    begun = processes.context.Event()
+    process = processes.context.Process(target=killed, args=(sharded, tmp_path / "out", begun), daemon=True)
     process.start()
     assert begun.wait(120)
     assert list(tmp_path.glob(".out.*.part/*.safetensors")), "it was at work"

@@ -58,7 +58,7 @@ def live_twice(out: Path, tracker: str) -> None:
     """A run that was killed in its eighth step, its checkpoint being from the fifth, and then continued."""
     out.mkdir()
     for first, last, killed in ((0, 8, True), (5, 12, False)):
-        process = processes._context.Process(target=life, args=(out, tracker, first, last, killed))
+        process = processes.context.Process(target=life, args=(out, tracker, first, last, killed))
         process.start()
         process.join(120)
         assert process.exitcode == (-signal.SIGKILL if killed else 0)

@@ -65,12 +65,13 @@ def test_noise_trends_and_stages_are_no_oscillation(kind: str):
 def test_lag_correlation_is_numpys():
     values = noisy(3, "slow")
     centred = np.array(values) - np.mean(values)
-    assert lag_correlation(values) == pytest.approx(float((centred[1:] * centred[:-1]).sum() / (centred**2).sum()))
+    for lag in range(1, 6):
+        assert lag_correlation(values, lag) == pytest.approx(float((centred[lag:] * centred[:-lag]).sum() / (centred**2).sum()))
     assert lag_correlation([2.0] * 40) == 0
     assert lag_correlation([1.0, -1.0] * 20) < -0.95
 
 
-@pytest.mark.parametrize(("period", "found"), [(2, True), (8, True), (14, True), (80, False)])
+@pytest.mark.parametrize(("period", "found"), [(2, True), (4, True), (8, True), (10, True), (14, True), (80, False)])
 def test_a_figure_that_goes_up_and_down_is_an_oscillation(period: int, found: bool):
     draw = random.Random(0)
     rows = [step(i, kl=0.5 + 0.3 * math.cos(2 * math.pi * i / period) + draw.gauss(0, 0.01)) for i in range(60)]
