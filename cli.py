@@ -139,12 +139,16 @@ def materialize(recipe: Path, overrides: tuple[str, ...], **options: Any) -> Non
 @main.command()
 @click.argument("student", type=PATH)
 @click.option("--target", type=click.Choice(["onnx", "coreml"]), required=True)
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, int4, or per part: vision=int8,decoder=int4,embed=int8.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, int4, auto, or per part: vision=int8,decoder=int4,embed=int8.")
 @click.option("--out", type=PATH, required=True, help="The bundle's folder.")
 @click.option("--data", type=PATH, help="Questions on which bundle and PyTorch are compared.")
 @click.option("--max-drop", type=float, help="Largest loss of score, such as 0.02, that the interval's lower end may show.")
 @click.option("--answers", type=PATH, help="Keep PyTorch's answers to --data in this file (JSONL), for masters check --reference.")
 @click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share an int4 scale.")
+@click.option("--int4-method", default="rtn", show_default=True, help="rtn, k-quant (zero points; ONNX), gptq (fitted to --calibrate; ONNX).")
+@click.option("--calibrate", type=PATH, help="Questions that gptq and auto measure on; answers are not needed.")
+@click.option("--max-bytes", type=int, help="auto: bytes of the whole bundle.")
+@click.option("--max-kl", type=float, help="auto: mean divergence of the answers from the student's, nats a token.")
 @click.option("--accuracy-level", type=int, default=0, show_default=True, help="MatMulNBits: 0 the runtime's choice, 1 float32, 4 int8.")
 @click.option("--chunk-mb", type=float, default=1920, show_default=True, help="Most MiB of one data file; browsers can't hold 2048.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -159,6 +163,9 @@ def export(**options: Any) -> None:
     verdicts = [row["verdict"] for row in manifest.parity]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
     click.echo(f"{options['out']}: {len(manifest.files)} files, {size / 1e6:.2f} MB, parity {counts}")
+    for entry in manifest.checks:
+        if entry["kind"] == "precision":
+            click.echo(_needs(".export.auto", "export").summary(entry))
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +19,17 @@ from ..progress import say
 from ..runtime.session import Vlm
 from ..samples import read_samples
 from . import ExportConfig
+from .calibration import Asked, ask
 from .drop import measure_drop
+from .fitting import fit_int4
 from .golden import GOLDEN, lightest, smallest, write_golden
+from .int4 import Blocks
 from .mobile import check_graphs
 from .parity import check_parity, check_stored, failures, rows_json
-from .precision import Precision, parse_precision
-from .row import Row
+from .precision import AUTO, Precision, parse_precision
+from .products import all_products
 from .source import Source, load_source
+from .written import Written
 
 MIB = 2**20
 # Copied as they are: the program that loads the bundle reads what was trained with.
@@ -36,20 +41,45 @@ COPIED = (
 
 def write_bundle(config: ExportConfig) -> Manifest:
     """See `masters.export.export`."""
-    precision = parse_precision(config.precision, config.block_size, config.accuracy_level)
+    precision = parse_precision(config.precision, config.block_size, config.accuracy_level, config.int4_method)
     student, out = config.student.resolve(), config.out.resolve()
     if out == student or out in student.parents:
         raise MastersError(f"the output folder {config.out} holds the model to be exported; choose another output folder")
-    if config.data is not None:
-        read_samples(config.data)  # a row that can't be used shows now, not after the work
+    for data in (config.data, config.calibrate):
+        if data is not None:
+            read_samples(data, need_answers=data is config.data)  # a row that can't be used shows now, not after the work
     with whole_folder(config.out, replace=config.force) as folder:
-        source = load_source(config.student)
-        manifest, weights = _write_files(source, config, precision, folder)
-        graphs = check_graphs(folder, manifest.parts, config.mobile) if config.target == "onnx" else []
-        manifest = _prove(source, config, precision, manifest, weights, folder)
-        manifest = replace(manifest, checks=graphs + manifest.checks)
+        if precision.decoder == AUTO:
+            from .budget import write_within
+
+            manifest = write_within(config, precision, folder)
+        else:
+            manifest = write_whole(load_source(config.student), config, precision, folder)[0]
         manifests.write_manifest(folder, manifest)
     return manifest
+
+
+def write_whole(source: Source, config: ExportConfig, precision: Precision, folder: Path, questions: Sequence[Asked] = ()) -> tuple[Manifest, Vlm]:
+    """All files of a bundle, proven; its manifest, not yet written, and the bundle as a model. `source` is changed where something is quantised.
+
+    GPTQ fits int4 to `questions`, or to those of config.calibrate where none are given.
+    """
+    calibrated: dict[str, Blocks] = {}
+    if precision.method == "gptq" and config.target == "onnx":
+        calibrated = _fitted(config, precision, questions)
+    manifest, written = _write_files(source, config, precision, calibrated, folder)
+    graphs = check_graphs(folder, manifest.parts, config.mobile) if config.target == "onnx" else []
+    manifest, vlm = _prove(source, config, precision, manifest, written, folder)
+    return replace(manifest, checks=graphs + manifest.checks), vlm
+
+
+def _fitted(config: ExportConfig, precision: Precision, questions: Sequence[Asked]) -> dict[str, Blocks]:
+    """On a model of its own, which is gone afterwards: fitting changes it."""
+    source = load_source(config.student)
+    if not questions:
+        assert config.calibrate is not None
+        questions = ask(source, config.calibrate)
+    return fit_int4(source, all_products(source.model, source.family), precision, questions)
 
 
 def load_target(name: str) -> ModuleType:
@@ -70,18 +100,18 @@ def open_bundle(folder: Path) -> Vlm:
     return Vlm(manifest, folder, load_target(manifest.target).load_parts(folder, manifest))
 
 
-def _write_files(source: Source, config: ExportConfig, precision: Precision, folder: Path) -> tuple[Manifest, list[Row]]:
-    """Everything but the proof, and how the stored weights compare with the model's; the manifest lists no files yet."""
+def _write_files(source: Source, config: ExportConfig, precision: Precision, calibrated: Mapping[str, Blocks], folder: Path) -> tuple[Manifest, Written]:
+    """Everything but the proof, and what the target says of it; the manifest lists no files yet."""
     target = load_target(config.target)
-    settings = {"chunk_bytes": int(config.chunk_mb * MIB)} if config.target == "onnx" else {}
-    parts, weights = target.write_parts(source.model, source.processor, folder, precision, **settings)
     if config.target == "onnx":
+        written = target.write_parts(source.model, source.processor, folder, precision, calibrated, int(config.chunk_mb * MIB))
         config_json = target.model_config(read_json(source.folder / "config.json"), folder, precision)
     else:
+        written = target.write_parts(source.model, source.processor, folder, precision)
         config_json = read_json(source.folder / "config.json")
     write_json(folder / "config.json", config_json)
     _write_processor(source, folder)
-    return _manifest(source, config.target, target, parts), weights
+    return _manifest(source, config.target, target, written.parts), written
 
 
 def _write_processor(source: Source, folder: Path) -> None:
@@ -135,17 +165,18 @@ def _geometry(text: Any, most_context: int) -> Decoder:
     )
 
 
-def _prove(source: Source, config: ExportConfig, precision: Precision, manifest: Manifest, weights: list[Row], folder: Path) -> Manifest:
+def _prove(source: Source, config: ExportConfig, precision: Precision, manifest: Manifest, written: Written, folder: Path) -> tuple[Manifest, Vlm]:
     """Golden tensors, parity and the score on the user's questions; the manifest with all of it and with every file's hash."""
     target = load_target(config.target)
     vlm = Vlm(manifest, folder, target.load_parts(folder, manifest))
     # How Core ML's kernels round is Apple's, there is nothing to follow.
-    followed = hasattr(target, "follows") and target.follows(precision)
+    followed = bool(written.products) and target.follows(precision)
     found, references = check_parity(vlm, source, judge=not followed)
     if followed:
-        target.store_weights(source, precision, folder / manifest.parts["decoder"].file)
+        files = {"decoder": folder / manifest.parts["decoder"].file, "vision": folder / manifest.parts["vision_encoder"].file}
+        target.store_weights(source, precision, written.products, files)
         found += check_stored(vlm, source, lightest(references))
-    parity, notes = weights + found, []
+    parity, notes = [*written.rows, *found], []
     if failed := failures(parity):
         if not config.allow_mismatch:
             raise ParityError(f"{failed[0]}; nothing was written, --allow-mismatch keeps such a bundle, marked")
@@ -156,7 +187,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     checks: list[dict[str, Any]] = []
     if config.data is not None:
         checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop, config.answers))
-    return replace(
+    proven = replace(
         manifest,
         golden=GOLDEN if references else None,
         parity=rows_json(parity),
@@ -164,3 +195,4 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
         notes=notes,
         files=manifests.list_files(folder),
     )
+    return proven, vlm

@@ -29,8 +29,8 @@ from ..files import read_json
 from ..manifest import Manifest, Part, TensorSpec
 from .mil import DATA, import_coremltools, load_program, quiet
 from .precision import Precision, parse_precision
-from .row import Row
 from .source import load_family
+from .written import Written
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,8 @@ class Package:
     states: tuple[TensorSpec, ...] = ()
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: Precision | str, context: int | None = None) -> tuple[dict[str, Part], list[Row]]:
-    """Write the three packages of a Hugging Face model (float32, evaluation mode) below `folder`; the same model gives the same bytes. No rows of parity.
+def write_parts(model: Any, processor: Any, folder: Path, precision: Precision | str, context: int | None = None) -> Written:
+    """Write the three packages of a Hugging Face model (float32, evaluation mode) below `folder`; the same model gives the same bytes.
 
     `precision` is fp16, int8 (weights, a scale per output channel), int4 (the decoder's weights, a scale per block; the rest int8), or one word per part as
     for ONNX. `context` is the most positions of prompt and answer, by default the model's own but at most 2,048. Raises ModelError for a model that
@@ -78,7 +78,7 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision |
         converted.user_defined_metadata[EXPORTER] = name
         _save(converted, folder / f"{part}.mlpackage")
         parts[part] = Part(f"{part}.mlpackage", words[part], package.inputs, package.outputs)
-    return parts, []
+    return Written(parts)
 
 
 def _words(precision: Precision) -> dict[str, str]:
@@ -86,6 +86,8 @@ def _words(precision: Precision) -> dict[str, str]:
     for part, word in words.items():
         if word not in WORDS:
             raise MastersError(f"{part} would be {word}; Core ML's states and Neural Engine are float16, choose fp16, int8 or int4 for every part")
+    if precision.embed == "int4":
+        raise MastersError("the embedding would be int4; a Core ML bundle looks up fp16 or int8 rows, write embed=int8")
     return words
 
 

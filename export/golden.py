@@ -57,7 +57,7 @@ def write_golden(path: Path, vlm: Vlm, reference: Reference) -> None:
     }
     # numpy stamps every member with 1980, so the bytes depend on the arrays alone.
     with whole_file(path) as part:
-        np.savez(part, **arrays)
+        np.savez_compressed(part, **arrays)  # the pixels of tiles are most of it, and drawn ones nearly vanish
 
 
 def _pixels(reference: Reference) -> int:

@@ -6,6 +6,7 @@ browser hands each its own data files only, and MatMul wants the transposed matr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from .decoder import build_decoder
 from .embedding import build_embedding
 from .genai import write_genai
 from .graph import CHUNK_BYTES, interface, save_graph
+from .int4 import Blocks
 from .precision import Precision
-from .quantize import quantize_int4, quantize_int8
+from .products import EMBED, Product, decoder_products, product_weights, vision_products
+from .quantize import quantize_products
 from .row import Row
 from .source import load_family
-from .stored import follows, product_weights, store_weights, weight_rows
+from .stored import follows, store_weights, weight_rows
 from .vision import build_vision
+from .written import Written
 
 __all__ = ["follows", "load_parts", "model_config", "store_weights", "write_parts"]
 
@@ -36,8 +40,10 @@ MOST_CONTEXT = 32768
 GENERATION = {"shared_cache": True}
 
 
-def write_parts(model: Any, processor: Any, folder: Path, precision: Precision, chunk_bytes: int = CHUNK_BYTES) -> tuple[dict[str, Part], list[Row]]:
-    """Write the three graphs below `folder`, data files of at most `chunk_bytes`; what each is, and how its stored weights compare with the model's.
+def write_parts(
+    model: Any, processor: Any, folder: Path, precision: Precision, calibrated: Mapping[str, Blocks] | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Written:
+    """Write the three graphs below `folder`, data files of at most `chunk_bytes`, int4 in the blocks of `calibrated` where it has the weight ('<part> <name>').
 
     Raises ModelError for a model that the graphs can't express.
     """
@@ -47,19 +53,20 @@ def write_parts(model: Any, processor: Any, folder: Path, precision: Precision, 
     injected = family.injected_layers(model) if hasattr(family, "injected_layers") else 0
     # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
     decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
-    embedding = build_embedding(text_model.embed_tokens, precision.embed, injected)
+    embedding = build_embedding(text_model.embed_tokens, precision.storage("embed", EMBED), injected)
     (folder / FOLDER).mkdir()
-    parts, rows = {}, []
-    parts["decoder"], found = _write_quantized(decoder, "decoder", precision.decoder, precision, folder, chunk_bytes)
-    rows += found
+    parts = {}
+    parts["decoder"], rows = _write_quantized(decoder, "decoder", precision, calibrated or {}, folder, chunk_bytes)
     parts["embed_tokens"] = _write(embedding, folder, precision.embed, chunk_bytes)
     vision = build_vision(model, family, precision.vision == "fp16")
-    parts["vision_encoder"], found = _write_quantized(vision, "vision_encoder", precision.vision, precision, folder, chunk_bytes)
-    rows += found
+    # Their layers are found by values that the graph has only as long as it is float32.
+    tower = vision_products(model, text_model, lm_head, vision) if _quantises("vision", precision) else []
+    parts["vision_encoder"], found = _write_quantized(vision, "vision", precision, calibrated or {}, folder, chunk_bytes)
     if hasattr(family, "genai_processor"):
         graphs = {"decoder": decoder, "embed_tokens": embedding}
-        write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, context)
-    return parts, rows
+        write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, precision.storage("embed", EMBED), context)
+    products = (*tower, Product("embed", EMBED, (text_model.embed_tokens,)), *decoder_products(text_model, lm_head))
+    return Written(parts, (*rows, *found), products)
 
 
 def load_parts(folder: Path, manifest: Manifest) -> OnnxParts:
@@ -79,17 +86,22 @@ def model_config(config: dict[str, Any], folder: Path, precision: Precision) -> 
     return config | {"transformers.js_config": ours}
 
 
-def _write_quantized(graph: ir.Model, name: str, word: str, precision: Precision, folder: Path, chunk_bytes: int) -> tuple[Part, list[Row]]:
-    """Quantise the graph in place as `word` says, write it, and compare what stands in the file with the weights that it had."""
-    if word not in ("int8", "int4"):
+def _quantises(part: str, precision: Precision) -> bool:
+    return bool(precision.layers) or getattr(precision, part) in ("int8", "int4")
+
+
+def _write_quantized(
+    graph: ir.Model, part: str, precision: Precision, calibrated: Mapping[str, Blocks], folder: Path, chunk_bytes: int
+) -> tuple[Part, list[Row]]:
+    """Quantise the graph in place as `precision` says, write it, and compare what stands in the file with the weights that it had."""
+    word = getattr(precision, part)
+    if not _quantises(part, precision):
         return _write(graph, folder, word, chunk_bytes), []
     originals = product_weights(graph)
-    if word == "int8":
-        quantize_int8(graph)
-    else:
-        quantize_int4(graph, precision.block_size, precision.accuracy_level)
-    part = _write(graph, folder, word, chunk_bytes)
-    return part, weight_rows(folder / part.file, name, originals)
+    fitted = {name: calibrated[f"{part} {name}"] for name in originals if f"{part} {name}" in calibrated}
+    quantize_products(graph, lambda name: precision.storage(part, name), precision.accuracy_level, fitted)
+    written = _write(graph, folder, word, chunk_bytes)
+    return written, weight_rows(folder / written.file, part, originals, fitted)
 
 
 def _write(graph: ir.Model, folder: Path, word: str, chunk_bytes: int) -> Part:

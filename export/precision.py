@@ -1,25 +1,42 @@
-"""What each part of a model is stored as: one word for all parts, or one per part."""
+"""What each part of a model is stored as: one word for all parts, one per part, or one for every weight."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..errors import MastersError
 
-WORDS = ("fp32", "fp16", "int8", "int4")
+WORDS = ("fp32", "fp16", "int8", "int4")  # from exact to coarse
+AUTO = "auto"
 BLOCK_SIZES = (16, 32, 64, 128)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+INT4_METHODS = ("rtn", "k-quant", "gptq")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one weight is stored: a word of WORDS, and for int4 the weights that share a scale and the method that rounds them."""
+
+    word: str
+    block_size: int = 32
+    method: str = "rtn"
+
+    def __str__(self) -> str:
+        return f"int4/{self.block_size}" if self.word == "int4" else self.word
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A word of WORDS for each part, and how int4 is laid out."""
+    """A word of WORDS for each part, and how int4 is laid out; `layers` has single weights of a part that are stored otherwise, by '<part> <weight>'."""
 
     vision: str
     embed: str
     decoder: str
     block_size: int = 32
     accuracy_level: int = 0
+    method: str = "rtn"
+    layers: Mapping[str, Storage] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"vision={self.vision},decoder={self.decoder},embed={self.embed}"
@@ -28,15 +45,26 @@ class Precision:
         """Whether every part keeps the weights as they are."""
         return self.vision == self.embed == self.decoder == "fp32"
 
+    def storage(self, part: str, weight: str) -> Storage:
+        """How one weight of vision, embed or decoder is stored."""
+        method = "rtn" if part == "embed" else self.method  # a row is looked up by standard operators, which know no zero point
+        return self.layers.get(f"{part} {weight}") or Storage(getattr(self, part), self.block_size, method)
 
-def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0) -> Precision:
-    """Read 'int4' or 'vision=int8,decoder=int4,embed=int8'; a part that is not named stays fp32. Raises MastersError."""
+
+def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0, method: str = "rtn") -> Precision:
+    """Read 'int4', 'auto' or 'vision=int8,decoder=int4,embed=int8'; a part that is not named stays fp32. Raises MastersError."""
     if block_size not in BLOCK_SIZES:
         raise MastersError(f"block size {block_size} is not possible; expected one of {', '.join(map(str, BLOCK_SIZES))}")
     if accuracy_level not in ACCURACY_LEVELS:
         raise MastersError(f"accuracy level {accuracy_level} is unknown; expected 0 (unset), 1 (fp32), 2 (fp16), 3 (bf16) or 4 (int8)")
-    if "=" not in text:
-        return replace(_whole(text), block_size=block_size, accuracy_level=accuracy_level)
+    if method not in INT4_METHODS:
+        raise MastersError(f"unknown int4 method '{method}'; expected one of {', '.join(INT4_METHODS)}")
+    words = _by_part(text) if "=" in text else _whole(text)
+    return Precision(*words, block_size, accuracy_level, method)
+
+
+def _by_part(text: str) -> tuple[str, str, str]:
+    """The words of vision, embed and decoder."""
     parts: dict[str, str] = {}
     for pair in text.split(","):
         part, _, word = (piece.strip() for piece in pair.partition("="))
@@ -45,15 +73,19 @@ def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0) ->
                 f"can't read '{pair}' in the precision '{text}'; expected each of vision, embed, decoder at most once, as in 'vision=int8,decoder=int4'"
             )
         parts[part] = word
-    # A row of the embedding is looked up, not multiplied: blocks of 4 bits would need GatherBlockQuantized, which browsers' builds lack.
-    if parts.get("embed") == "int4":
-        raise MastersError("the embedding can't be int4, no browser build of ONNX Runtime can look it up; expected fp32, fp16 or int8, write embed=int8")
-    return Precision(**{"vision": "fp32", "embed": "fp32", "decoder": "fp32"} | parts, block_size=block_size, accuracy_level=accuracy_level)
+    return parts.get("vision", "fp32"), parts.get("embed", "fp32"), parts.get("decoder", "fp32")
 
 
-def _whole(word: str) -> Precision:
-    if word not in WORDS:
-        raise MastersError(f"unknown precision '{word}'; expected one of {', '.join(WORDS)}, or one per part as in 'vision=int8,decoder=int4,embed=int8'")
+def coarsest(words: list[str]) -> str:
+    """The least exact of some words."""
+    return max(words, key=WORDS.index)
+
+
+def _whole(word: str) -> tuple[str, str, str]:
+    if word not in (*WORDS, AUTO):
+        raise MastersError(
+            f"unknown precision '{word}'; expected one of {', '.join(WORDS)}, {AUTO}, or one per part as in 'vision=int8,decoder=int4,embed=int8'"
+        )
     if word == "int4":  # int4 halves the decoder's memory traffic; a vision tower computes, and int8 computes faster
-        return Precision("int8", "int8", "int4")
-    return Precision(word, word, word)
+        return "int8", "int8", "int4"
+    return word, word, word

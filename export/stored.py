@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
 
-from ..runtime.graphs import TILES_AT_ONCE
-from .decoder import product_layers
+from .int4 import Blocks, unpack_int4
 from .precision import Precision
-from .quantize import FACTOR, dequantize_int4, int4_blocks, int8_rows
+from .products import Product, give
 from .row import Row, judged
 from .source import Source
 
@@ -28,27 +26,27 @@ SCALE = 0.01
 # A weight is at most half a step from its code, or a tenth of its block's size away; a wrong zero point or order gives 1 and more.
 HALF_STEPS = 1.01
 BLOCK_ERROR = 0.35
+HALF_EXPONENT = -14  # below 2^this float16 has even steps
 PIECE = 2**22  # weights compared at once
 # Accuracy levels at which MatMulNBits computes in float32, which is what PyTorch computes here.
 EXACT_LEVELS = (0, 1)
 
 
-def product_weights(graph: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """The weights [K, N] that products of a float graph multiply by, by name: what quantisation will replace."""
-    second = [node.inputs[1] for node in graph.graph if node.op_type == "MatMul" and not node.domain]
-    return {value.name: value.const_value for value in second if value and value.name and value.const_value is not None and len(value.const_value.shape) == 2}
+def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol], calibrated: Mapping[str, Blocks]) -> list[Row]:
+    """The stored weights of a quantised graph beside the original ones: the worst of each measure, named, and what quantisation lost in all.
 
-
-def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol]) -> list[Row]:
-    """The stored weights of a quantised graph beside the original ones: the worst of each measure, named, and what quantisation lost in all."""
+    Those that were fitted to data (`calibrated`) are not the nearest ones; they must stand in the file as they were fitted.
+    """
     stored = _initializers(file)
     lost = total = 0.0
     worst: dict[str, tuple[float, str, float]] = {}
     for name, original in originals.items():
-        measured = _int4_measures if f"{name}_int4" in stored else _int8_measures
-        for blocks, codes, scales in _pieces(stored, name, original.numpy().T):
-            kept = codes * scales[..., None]
-            for measure, found, tolerance in measured(blocks, kept, scales):
+        if not _has(stored, name):
+            continue
+        fitted = calibrated[name].weight(original.shape[0]) if name in calibrated else None  # type: ignore[arg-type]
+        for here, blocks, steps, scales in _pieces(stored, name, original.numpy().T):
+            kept = steps * scales[..., None]
+            for measure, found, tolerance in _measures(stored, name, blocks, kept, scales) if fitted is None else _fitted(fitted[here], kept):
                 worst[measure] = max(worst.get(measure, (-1.0, "", 0.0)), (found, name, tolerance))
             lost += float(np.square(blocks - kept).sum(dtype=np.float64))
             total += float(np.square(blocks).sum(dtype=np.float64))
@@ -59,60 +57,27 @@ def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol
 def follows(precision: Precision) -> bool:
     """Whether something is quantised, and PyTorch can round as the graphs do: not where int4's products sum in int8 (accuracy levels above 1)."""
     words = {precision.vision, precision.embed, precision.decoder}
-    return bool(words & {"int8", "int4"}) and (precision.accuracy_level in EXACT_LEVELS or "int4" not in words)
+    return bool(precision.layers or words & {"int8", "int4"}) and (precision.accuracy_level in EXACT_LEVELS or "int4" not in words)
 
 
-def store_weights(source: Source, precision: Precision, decoder: Path) -> None:
-    """Change the source's model to what its bundle is: the decoder's weights as they stand in its file, the others rounded anew, activations rounded too.
+def store_weights(source: Source, precision: Precision, products: Sequence[Product], files: Mapping[str, Path]) -> None:
+    """Change the source's model to what its bundle is: the weights of its products as they stand in the part's file (`files`), the embedding's rounded
+    anew, activations rounded too.
 
     In place, because a second model would double the memory; the original is a load away.
     """
-    text_model, head = source.family.text_parts(source.model)
-    layers = product_layers(text_model, head)
-    inside = {layer for side_by_side in layers.values() for layer in side_by_side}
+    stored = {part: _initializers(file) for part, file in files.items()}
     with torch.no_grad():
-        if precision.decoder in ("int8", "int4"):
-            stored = _initializers(decoder)
-            for name, side_by_side in layers.items():
-                _restore(side_by_side, _kept(stored, f"{name}.weight", side_by_side[0].in_features), precision.decoder)
-        if precision.vision in ("int8", "int4"):
-            for layer in (module for module in source.model.modules() if isinstance(module, nn.Linear) and module not in inside):
-                _restore((layer,), _rounded_weight(layer, precision), precision.vision)
-        if precision.embed == "int8":
-            codes, scales = int8_rows(text_model.embed_tokens.weight.detach().numpy())
-            text_model.embed_tokens.weight = _parameter(codes * scales)  # a new one: a tied head keeps other bits
+        for product in products:
+            storage = precision.storage(product.part, product.name)
+            if product.part not in stored:
+                give(product, product.stored(storage), storage.word)
+            elif _has(stored[product.part], product.name):
+                give(product, _kept(stored[product.part], product.name, product.shape[1]), storage.word)
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x as ONNX's DynamicQuantizeLinear keeps it: 256 even steps from the least to the largest value, zero among them (its specification's formula)."""
-    low, high = np.float32(min(float(x.min()), 0.0)), np.float32(max(float(x.max()), 0.0))
-    scale = (high - low) / np.float32(255)
-    if scale == 0:
-        return x
-    zero = float(np.clip(np.rint(-low / scale), 0, 255))
-    return ((torch.round(x / float(scale)) + zero).clamp(0, 255) - zero) * float(scale)
-
-
-def _restore(layers: Sequence[nn.Linear], weight: np.ndarray, word: str) -> None:
-    """Give layers that stand side by side their rows of float32 [N, K], and the rounding of what they are given."""
-    start = 0
-    for layer in layers:
-        layer.weight = _parameter(weight[start : start + layer.out_features])
-        start += layer.out_features
-        if word == "int8":
-            layer.register_forward_pre_hook(_round_inputs)
-
-
-def _parameter(values: np.ndarray) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), requires_grad=False)
-
-
-def _rounded_weight(layer: nn.Linear, precision: Precision) -> np.ndarray:
-    weight = np.ascontiguousarray(layer.weight.detach().numpy())
-    if precision.vision == "int4":
-        return dequantize_int4(*int4_blocks(weight, precision.block_size), weight.shape[1])
-    codes, scales = int8_rows(weight, FACTOR)
-    return codes * scales
+def _has(stored: Mapping[str, Any], name: str) -> bool:
+    return any(f"{name}_{kind}" in stored for kind in ("int4", "int8", "fp16"))
 
 
 def _initializers(file: Path) -> dict[str, Any]:
@@ -121,38 +86,53 @@ def _initializers(file: Path) -> dict[str, Any]:
 
 def _kept(stored: Mapping[str, Any], name: str, columns: int) -> np.ndarray:
     """The weight float32 [N, K] that a product of the file multiplies by."""
-    codes, scales = _codes(stored, name, slice(None))
-    return (codes * scales[..., None]).reshape(len(codes), -1)[:, :columns]
+    steps, scales = _steps(stored, name, slice(None))
+    return np.asarray((steps * scales[..., None]).reshape(len(steps), -1)[:, :columns])
 
 
-def _round_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    # The runtime encodes a few tiles at a time, each time with a range of its own; a decoder's batch is 1.
-    return (torch.cat([rounded(piece) for piece in inputs[0].split(TILES_AT_ONCE)]) if inputs[0].dim() == 3 else rounded(inputs[0]), *inputs[1:])
-
-
-def _pieces(stored: Mapping[str, Any], name: str, weight: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """A weight [N, K] some rows at a time: its blocks float32 [n, blocks, block], their stored codes of the same shape, and scales [n, blocks]."""
+def _pieces(stored: Mapping[str, Any], name: str, weight: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """A weight [N, K] some rows at a time: which, their blocks float32 [n, blocks, block], their stored steps of the same shape, and scales [n, blocks]."""
     rows, columns = weight.shape
     step = max(1, PIECE // columns)
     for start in range(0, rows, step):
-        codes, scales = _codes(stored, name, slice(start, start + step))
-        padded = np.zeros((len(codes), codes.shape[1] * codes.shape[2]), np.float32)
-        padded[:, :columns] = weight[start : start + step]
-        yield padded.reshape(codes.shape), codes, scales
+        here = slice(start, start + step)
+        steps, scales = _steps(stored, name, here)
+        padded = np.zeros((len(steps), steps.shape[1] * steps.shape[2]), np.float32)
+        padded[:, :columns] = weight[here]
+        yield here, padded.reshape(steps.shape), steps, scales
 
 
-def _codes(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Signed codes float32 [n, blocks, block] and scales [n, blocks] of some rows, read as the operators' specifications have it."""
-    scales = stored[f"{name}_scale"].numpy()
+def _steps(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Of some rows, how many scales each weight is, float32 [n, blocks, block], and the scales [n, blocks], read as the operators' specifications have it."""
+    if f"{name}_fp16" in stored:
+        half = stored[f"{name}_fp16"].numpy()[:, rows].T.astype(np.float32)
+        return half[:, None], np.ones((len(half), 1), np.float32)
+    scales = stored[f"{name}_scale"].numpy().astype(np.float32)
     if f"{name}_int4" in stored:
         packed = stored[f"{name}_int4"].numpy()[rows]  # n, blocks, bytes: the even element in a byte's low half, 8 stands for 0
-        codes = np.empty((*packed.shape[:2], 2 * packed.shape[2]), np.float32)
-        codes[..., 0::2], codes[..., 1::2] = packed % 16, packed // 16
-        return codes - 8, scales.reshape(-1, packed.shape[1])[rows]
+        codes = unpack_int4(packed, 2 * packed.shape[2])
+        if f"{name}_zero" in stored:
+            codes -= unpack_int4(stored[f"{name}_zero"].numpy()[rows], packed.shape[1])[..., None]
+        return codes, scales.reshape(-1, packed.shape[1])[rows]
     return stored[f"{name}_int8"].numpy()[:, rows].T.astype(np.float32)[:, None], scales.reshape(-1, 1)[rows]
 
 
-def _int4_measures(blocks: np.ndarray, kept: np.ndarray, scales: np.ndarray) -> list[tuple[str, float, float]]:
+def _measures(stored: Mapping[str, Any], name: str, blocks: np.ndarray, kept: np.ndarray, scales: np.ndarray) -> list[tuple[str, float, float]]:
+    if f"{name}_int4" in stored:
+        return _int4_measures(blocks, kept)
+    if f"{name}_int8" in stored:
+        return _int8_measures(blocks, kept, scales)
+    # float16 has ten bits behind the first.
+    steps = np.exp2(np.maximum(np.frexp(blocks)[1] - 1, HALF_EXPONENT).astype(np.float32) - 10)
+    return [("a weight's distance from its float16, in half steps", float((2 * np.abs(blocks - kept) / steps).max(initial=0)), HALF_STEPS)]
+
+
+def _fitted(weight: np.ndarray, kept: np.ndarray) -> list[tuple[str, float, float]]:
+    apart = np.abs(weight - kept.reshape(len(kept), -1)[:, : weight.shape[1]])
+    return [("a weight's distance from the one fitted to data", float(apart.max(initial=0)), 0.0)]
+
+
+def _int4_measures(blocks: np.ndarray, kept: np.ndarray) -> list[tuple[str, float, float]]:
     """How far a block's scale is from the best one for its codes, and the largest error of a block against its size."""
     apart = blocks - kept
     along, size, norm, error = (np.einsum("nbk,nbk->nb", a, b) for a, b in ((blocks, kept), (kept, kept), (blocks, blocks), (apart, apart)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,9 @@ from int4_weights import with_int4_weights
 from qwen_models import build
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
-from masters.export import ExportConfig, export, onnx_target
+from masters.export import ExportConfig, export, onnx_target, products
+from masters.export.awkward import awkward_images
+from masters.export.parity import QUESTIONS
 from masters.export.source import Source, load_source
 
 
@@ -109,4 +112,17 @@ def family_bundle(family_source: Callable[[str], Source], tmp_path_factory: pyte
 
 def reuse_vision(patch: pytest.MonkeyPatch, bundle: Path) -> None:
     """Let exports take the vision graph of an fp32 bundle: tracing takes most of an export's time."""
-    patch.setattr(onnx_target, "build_vision", lambda *_: ir.load(bundle / "onnx" / "vision_encoder.onnx"))
+    for module in (onnx_target, products):
+        patch.setattr(module, "build_vision", lambda *_: ir.load(bundle / "onnx" / "vision_encoder.onnx"))
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four questions without answers, about awkward images."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows: list[str] = []
+    for name in ("plain", "grey", "alpha", "rotated"):
+        (folder / name).write_bytes(awkward_images()[name])
+        rows.append(json.dumps({"id": name, "images": [name], "question": QUESTIONS[len(rows) % 2]}))
+    (folder / "questions.jsonl").write_text("\n".join(rows))
+    return folder / "questions.jsonl"

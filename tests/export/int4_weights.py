@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from masters.export.quantize import dequantize_int4, int4_blocks, int8_rows
+from masters.export.int4 import round_to_nearest
+from masters.export.quantize import int8_rows
 from masters.export.source import Source
 
 
@@ -19,8 +20,7 @@ def with_int4_weights(source: Source, block: int = 32) -> Source:
         model.lm_head = head = torch.nn.Linear(tied.in_features, tied.out_features, bias=False)
         head.weight.copy_(tied.weight)
         for layer in (head, *(module for module in decoder.layers.modules() if isinstance(module, torch.nn.Linear))):
-            codes, scales = int4_blocks(layer.weight.numpy(), block)
-            layer.weight.copy_(torch.from_numpy(dequantize_int4(codes, scales, layer.in_features)))
+            layer.weight.copy_(torch.from_numpy(round_to_nearest(layer.weight.numpy(), block).weight(layer.in_features)))
         rows, row_scales = int8_rows(decoder.embed_tokens.weight.numpy())
         decoder.embed_tokens.weight.copy_(torch.from_numpy(rows * row_scales))
     return replace(source, model=model)

@@ -91,7 +91,7 @@ class Bundle:
 
     def __init__(self, model: Any, processor: Any, folder: Path, precision: str) -> None:
         self.folder = folder
-        self.parts, _ = write_parts(model, processor, folder, precision, CONTEXT)
+        self.parts = write_parts(model, processor, folder, precision, CONTEXT).parts
         text = model.config.text_config
         geometry = Decoder(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, text.hidden_size, text.vocab_size, CONTEXT)
         self.manifest = Manifest("coreml", "idefics3", 0, {}, self.parts, geometry, {}, {}, {})
@@ -364,6 +364,7 @@ def test_equal_models_give_equal_bytes(fp16: Bundle, model: Any, processor: Any,
     [
         ("fp32", CONTEXT, "vision_encoder would be fp32; .* choose fp16, int8 or int4"),
         ("vision=fp16,decoder=int4", CONTEXT, "embed_tokens would be fp32"),
+        ("vision=fp16,decoder=int4,embed=int4", CONTEXT, "embedding would be int4"),
         ("fp16", 513, "context is 513; expected 8 to 512"),
         ("fp16", 1, "context is 1; expected 8"),
     ],

@@ -19,7 +19,7 @@ from masters.export.embedding import build_embedding
 from masters.export.genai import DECODER, EMBEDDING
 from masters.export.graph import save_graph
 from masters.export.onnx_target import write_parts
-from masters.export.precision import parse_precision
+from masters.export.precision import Storage, parse_precision
 from masters.export.reference import encode, greedy
 from masters.export.source import Source
 from masters.runtime.chat import read_chat_format, user_message
@@ -88,7 +88,7 @@ def test_weights_are_stored_once(qwen_source: Callable[[str], Source], tmp_path:
 
 def test_features_take_the_places_of_image_tokens(qwen_source: Callable[[str], Source], tmp_path: Path) -> None:
     embedding = qwen_source("qwen3_vl").model.get_input_embeddings()
-    save_graph(build_embedding(embedding, "fp32", 1, image_token=7), tmp_path / "embedding.onnx")
+    save_graph(build_embedding(embedding, Storage("fp32"), 1, image_token=7), tmp_path / "embedding.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "embedding.onnx"))
     ids = np.array([[1, 7, 7, 2], [7, 3, 4, 5]])
     features = np.random.default_rng(0).standard_normal((3, 2 * embedding.embedding_dim)).astype(np.float32)

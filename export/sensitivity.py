@@ -1,0 +1,66 @@
+"""What each weight of a model may be stored as, and what that costs: bytes, and the divergence of the answers when it alone is stored so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..progress import bar
+from .calibration import Asked, mean_divergence, seen_once
+from .precision import Storage
+from .products import Product, stored_as
+from .source import Source
+
+HALF = Storage("fp16")
+BLOCKS = (32, 128)
+Measure = Callable[[Source, Sequence[Asked]], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a product: its bytes, and the KL divergence in nats of a model in which nothing else changed."""
+
+    product: Product
+    storage: Storage
+    bytes: int
+    divergence: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"weight": str(self.product), "storage": str(self.storage), "bytes": self.bytes, "kl": self.divergence}
+
+
+def stored_bytes(shape: tuple[int, int], storage: Storage) -> int:
+    """What a weight [N, K] takes in a file; scales of int4 are float16 there, those of int8 float32."""
+    rows, columns = shape
+    blocks = -(-columns // storage.block_size)
+    match storage.word:
+        case "fp16":
+            return 2 * rows * columns
+        case "int8":
+            return rows * (columns + 4)
+        case "int4":
+            zeros = (blocks + 1) // 2 if storage.method == "k-quant" else 0
+            return rows * (blocks * (storage.block_size // 2 + 2) + zeros)
+    return 4 * rows * columns
+
+
+def measure_sensitivity(source: Source, products: Sequence[Product], questions: Sequence[Asked], method: str) -> list[Choice]:
+    """Every product in every way that the search considers, each tried alone; float16 counts as no loss."""
+    tower = [product for product in products if product.part == "vision"]
+    rest = [product for product in products if product.part != "vision"]
+    found = _tried(source, tower, questions, method, mean_divergence)
+    with seen_once(source, questions) as measure:
+        return found + _tried(source, rest, questions, method, measure)
+
+
+def _tried(source: Source, products: Sequence[Product], questions: Sequence[Asked], method: str, measure: Measure) -> list[Choice]:
+    found = []
+    for product in bar(products, "sensitivity"):
+        found.append(Choice(product, HALF, stored_bytes(product.shape, HALF), 0.0))
+        # A row of the embedding is looked up by standard operators, without a zero point.
+        how = "rtn" if product.part == "embed" else method
+        for storage in (Storage("int8"), *(Storage("int4", block, how) for block in BLOCKS)):
+            with stored_as({product: storage}):
+                found.append(Choice(product, storage, stored_bytes(product.shape, storage), measure(source, questions)))
+    return found
