@@ -175,7 +175,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     if followed:
         files = {"decoder": folder / manifest.parts["decoder"].file, "vision": folder / manifest.parts["vision_encoder"].file}
         target.store_weights(source, precision, written.products, files)
-        found += check_stored(vlm, source, lightest(references))
+        found += check_stored(vlm, source, lightest(references), precision)
     parity, notes = [*written.rows, *found], []
     if failed := failures(parity):
         if not config.allow_mismatch:

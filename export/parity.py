@@ -18,6 +18,7 @@ from ..runtime.chat import user_message
 from ..runtime.pixels import Grid
 from ..runtime.session import Picture, Vlm, prompt_keys
 from .awkward import awkward_images
+from .precision import Precision
 from .reference import Prompt, Reference, encode, refer
 from .row import Row, judged
 from .source import Source
@@ -81,12 +82,12 @@ def check_parity(vlm: Vlm, source: Source, judge: bool = True) -> tuple[list[Row
     return rows, references
 
 
-def check_stored(vlm: Vlm, stored: Source, references: Sequence[Reference]) -> list[Row]:
+def check_stored(vlm: Vlm, stored: Source, references: Sequence[Reference], precision: Precision) -> list[Row]:
     """Compare `vlm` with the model that carries the bundle's weights (stored.py), on the images and prompts of `references`."""
     rows = []
     for old in bar(references, "parity, stored weights"):
         reference = refer(stored, old.name, old.image, old.question, old.prompt, len(old.tokens))
-        rows += compare_stored(vlm, reference, vlm.see([old.image])[0])
+        rows += compare_stored(vlm, reference, vlm.see([old.image])[0], precision)
     return rows
 
 
@@ -143,15 +144,13 @@ def compare(vlm: Vlm, reference: Reference, pixels: Any, judge: bool = True) -> 
     return rows if judge else [row if row.verdict == "ambiguous" else replace(row, tolerance=None, verdict="reported") for row in rows]
 
 
-def compare_stored(vlm: Vlm, reference: Reference, pixels: Any) -> list[Row]:
+def compare_stored(vlm: Vlm, reference: Reference, pixels: Any, precision: Precision) -> list[Row]:
     """The same beside PyTorch with the stored weights, each part by itself: the decoder is given PyTorch's features."""
-    words = {name: part.precision for name, part in vlm.manifest.parts.items()}
-    rest = coarsest({name: part for name, part in vlm.manifest.parts.items() if name != "vision_encoder"})
-    tolerances = (STORED[words["vision_encoder"]].features, STORED[words["embed_tokens"]].embeddings)
+    tolerances = (STORED[precision.rounding("vision")].features, STORED[precision.embed].embeddings)
     rows = [
         _error("features", "image_features", reference, vlm.encode(pixels), reference.features, tolerances[0]),
         _error("embeddings", "inputs_embeds", reference, vlm.parts.embed(reference.prompt.ids), reference.embeds, tolerances[1]),
-        *_logits(reference, forced_logits(vlm, reference, reference.features, pixels.grids), STORED[rest].logits),
+        *_logits(reference, forced_logits(vlm, reference, reference.features, pixels.grids), STORED[precision.rounding("decoder")].logits),
     ]
     return [replace(row, measure=f"{row.measure}, stored weights") for row in rows]
 

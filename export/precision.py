@@ -50,6 +50,11 @@ class Precision:
         method = "rtn" if part == "embed" else self.method  # a row is looked up by standard operators, which know no zero point
         return self.layers.get(f"{part} {weight}") or Storage(getattr(self, part), self.block_size, method)
 
+    def rounding(self, part: str) -> str:
+        """The word by which a part's arithmetic is judged beside PyTorch's with the same weights: int8 where any product rounds its activations."""
+        mixed = [storage.word for name, storage in self.layers.items() if name.startswith(f"{part} ")]
+        return "int8" if "int8" in mixed else str(getattr(self, part))
+
 
 def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0, method: str = "rtn") -> Precision:
     """Read 'int4', 'auto' or 'vision=int8,decoder=int4,embed=int8'; a part that is not named stays fp32. Raises MastersError."""
