@@ -1,6 +1,6 @@
 """What int4's methods and blocks cost in answers, and what `--precision auto` makes of the same bytes, on a real student and its test questions.
 
-    python benchmarks/precision.py --student DEMO/runs/default/student --data DEMO/data
+    python benchmarks/precision.py --student DEMO/runs/default/student --data DEMO/data [--rows methods,parts,auto]
 
 DEMO is the folder that `masters demo` wrote. Calibration and the search see validation questions alone; divergence and score are of test questions. The
 weights are measured in PyTorch as they would be stored, which an export proves its bundle equal to.
@@ -41,18 +41,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200, help="test questions whose divergence is measured")
     parser.add_argument("--scored", type=int, default=2000, help="test questions that are answered and scored")
     parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--rows", default="methods,parts,auto")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options)
     print("| stored | bytes of the weights | KL, nats a token | score | change [95%] |\n|---|---|---|---|---|")
     bench.row("fp32, the student itself", {})
-    for block in BLOCKS:
-        for name, method in (("rtn, no search", None), ("rtn", "rtn"), ("k-quant", "k-quant"), ("gptq", "gptq")):
-            bench.method(name, method, block)
-    for part, word in (("vision", "int8"), ("vision", "int4"), ("embed", "int8"), ("embed", "int4")):
-        bench.row(f"{part} {word}", {product: Storage(word) for product in bench.products if product.part == part})
-    bench.auto()
+    for rows in options.rows.split(","):
+        getattr(bench, rows)()
 
 
 class Bench:
@@ -81,6 +78,16 @@ class Bench:
             flush=True,
         )
         return divergence
+
+    def methods(self) -> None:
+        for block in BLOCKS:
+            for name, method in (("rtn, no search", None), ("rtn", "rtn"), ("k-quant", "k-quant"), ("gptq", "gptq")):
+                self.method(name, method, block)
+
+    def parts(self) -> None:
+        """Tower and embedding alone."""
+        for part, storage in (("vision", Storage("int8")), ("vision", Storage("int4")), ("embed", Storage("int8")), ("embed", Storage("int4"))):
+            self.row(f"{part} {storage}", {product: storage for product in self.products if product.part == part})
 
     def method(self, name: str, method: str | None, block: int) -> None:
         """The decoder alone in int4."""
