@@ -7,15 +7,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import tiny_models
 import torch
 from int4_weights import with_int4_weights
 from qwen_models import build
+from vision_once import reuse_vision
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
-from masters.export import ExportConfig, export, onnx_target, products
+from masters.export import ExportConfig, export
 from masters.export.awkward import awkward_images
 from masters.export.parity import QUESTIONS
 from masters.export.source import Source, load_source
@@ -108,12 +108,6 @@ def family_bundle(family_source: Callable[[str], Source], tmp_path_factory: pyte
         return out
 
     return exported
-
-
-def reuse_vision(patch: pytest.MonkeyPatch, bundle: Path) -> None:
-    """Let exports take the vision graph of an fp32 bundle: tracing takes most of an export's time."""
-    for module in (onnx_target, products):
-        patch.setattr(module, "build_vision", lambda *_: ir.load(bundle / "onnx" / "vision_encoder.onnx"))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import reuse_vision
 from test_export_quantize import product
+from vision_once import reuse_vision
 
 from masters.errors import MastersError
 from masters.export import ExportConfig, auto, export

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 import pytest
-from conftest import reuse_vision
 from test_export_transformers_js import HERE, STEPS, javascript_tokens, node_folder
+from vision_once import reuse_vision
 
 from masters.errors import MastersError
 from masters.export import ExportConfig, export

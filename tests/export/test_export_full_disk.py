@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import reuse_vision
+from vision_once import reuse_vision
 
 from masters.errors import MastersError
 from masters.export import ExportConfig, export

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import reuse_vision
+from vision_once import reuse_vision
 
 from masters.errors import ParityError
 from masters.export import ExportConfig, export, onnx_target

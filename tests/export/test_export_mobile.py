@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-from conftest import reuse_vision
+from vision_once import reuse_vision
 
 from masters.errors import BundleError
 from masters.export import ExportConfig, export
