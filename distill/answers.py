@@ -24,6 +24,8 @@ from .responses import Response
 # From batches of questions to each question with its answers, in any order. A batch is finished before the next one is begun, or not, as the engine likes.
 Engine = Callable[[Sequence[Sequence[Sample]]], Iterator[tuple[Sample, list[Generated]]]]
 Judge = Callable[[Sample, str], Verdict]
+Heard = Sequence[tuple[Sample, Sequence[Generated]]]
+Tally = Callable[["Source", Heard], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Asking:
     seed: int
     batch: int
     judge: Judge
+    tally: Tally | None = None  # told of a batch before it is kept
 
 
 def collect(
@@ -105,17 +108,24 @@ def _make(
 ) -> None:
     """Ask for the answers to `batches`, and keep them as they come, a batch's worth in a file."""
     held: list[Response] = []
+    heard: list[tuple[Sample, Sequence[Generated]]] = []
     waiting = 0
     try:
         for sample, answers in bar(_asked(batches, images, source.count, engine), f"answers of {source.model}", total=sum(map(len, batches))):
             held += _rows(asking, source, sample, answers, keys[sample.id])
+            heard.append((sample, answers))
             waiting += 1
             if waiting >= asking.batch:
+                if asking.tally:
+                    asking.tally(source, heard)
+                heard = []
                 # Emptied first: where a file can't be written, the same rows are not tried again below.
                 rows, held, waiting = held, [], 0
                 shelf.add(rows)
     finally:
         if held:
+            if asking.tally:
+                asking.tally(source, heard)
             shelf.add(held)
 
 

@@ -7,16 +7,14 @@ that backward, where fused kernels compute the scores again (Dao 2023, FlashAtte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .families import family_of
-from .inputs import Prompt
-from .memory import patches_of
 from .models import skeleton
+from .reading import Reading
 from .recipe import Recipe
 
 ATTENTION_BACK = 2.5
@@ -36,20 +34,6 @@ class Shape:
     shrink: int = 1
     vision_layers: int = 0
     vision_width: int = 0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a model reads: tokens, pairs of which one looks at the other, rows of logits, patches of images, and pairs of these."""
-
-    tokens: float = 0
-    pairs: float = 0
-    logits: float = 0
-    patches: float = 0
-    patch_pairs: float = 0
-
-    def __add__(self, other: Reading) -> Reading:
-        return Reading(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def shape_of(config: Any) -> Shape:
@@ -97,32 +81,6 @@ def _heads_width(text: Any) -> int:
     return heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-def prompt_reading(prompt: Prompt, config: Any) -> Reading:
-    """One prompt, with its images; no logits."""
-    vision = getattr(config, "vision_config", None)
-    tokens = len(prompt.ids)
-    if vision is None or not prompt.pixels:
-        return Reading(tokens, tokens**2)
-    patches = patches_of(prompt.pixels, config)
-    return Reading(tokens, tokens**2, 0, patches, family_of(config.model_type).patch_pairs(prompt.pixels, vision, patches))
-
-
-def packed(prompt: Reading, lengths: Iterable[int]) -> Reading:
-    """A question with its answers of so many tokens behind one prompt, each blind to the others; their last tokens are not read."""
-    read = [(length - 1, length) for length in lengths]
-    tokens = sum(n for n, _ in read)
-    return prompt + Reading(tokens, sum(n * (prompt.tokens + n) for n, _ in read), sum(length for _, length in read))
-
-
-def answered(prompt: Reading, lengths: Iterable[int]) -> Reading:
-    """A prompt read once, and answers of so many tokens generated on its cache, one token a time; the last ones are not read."""
-    found = prompt + Reading(logits=1)
-    for length in lengths:
-        steps = max(0, length - 1)
-        found += Reading(steps, steps * prompt.tokens + steps * (steps + 1) / 2, steps)
-    return found
-
-
 def forward(shape: Shape, read: Reading) -> float:
     """Operations of reading."""
     return _language(shape, read) + _tower(shape, read) + 2 * shape.head * read.logits
@@ -161,11 +119,3 @@ def update(student: Shape, own: Reading, teacher_head: int, teacher: float, reci
     if objective.beta:
         found += forward(student, own) + (logits * student.head if objective.kl == "full" else 0)
     return found + (_language(student, own) if recipe.train.gradient_checkpointing else 0)
-
-
-def total(readings: Sequence[Reading]) -> Reading:
-    """Their sum."""
-    found = Reading()
-    for reading in readings:
-        found += reading
-    return found

@@ -6,6 +6,7 @@ interruption changes what is sampled.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from . import ranks
 from .features import KeptFeatures
 from .inputs import CollatePixels, Encoder, Prompt, pad_left, pad_places, to_device
 from .parallel import STAND_IN, within
+from .reading import Reading, prompt_reading
 
 Ended = Callable[[Tensor], bool]
 
@@ -68,6 +70,7 @@ class Generated:
     finish: str
     reason: str = ""
     told: bool = True  # whether the ids come from the engine, and not from its text
+    read: Reading | None = None  # the prompt, where it was read in this process
 
 
 def failed(reason: str) -> Generated:
@@ -173,7 +176,8 @@ def generate(
     logits, mask = out.logits[:, -1].repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
     rows = _decode(step, pick, logits, seen, mask, encoder.eos, sampling.max_tokens, ended)
     answers = [_generated(row, encoder) for row in rows.tolist()]
-    return [answers[i : i + count] for i in range(0, len(answers), count)]
+    read = [prompt_reading(prompt, model.config) for prompt in prompts]
+    return [[dataclasses.replace(answer, read=read[i]) for answer in answers[i * count : (i + 1) * count]] for i in range(len(read))]
 
 
 def _decode(

@@ -8,7 +8,6 @@ second one did. The head's share is token_stats.py's own buffers. A tower of ima
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +110,9 @@ def size_of(config: Any, frozen_vision: bool = True, lora: Lora | None = None) -
     return Size(weights, trained, max(sum(p.numel() for p in block.parameters()) for block in blocks(model)), sum(ends.values()))
 
 
-def step_memory(student: Any, teacher: Any | None, load: Load, setting: Setting) -> Memory:
-    """The peak of one update of `student` (a configuration) under `teacher`, in one process."""
+def step_memory(student: Any, teacher: Any | None, load: Load, setting: Setting, theirs_load: Load | None = None) -> Memory:
+    """The peak of one update of `student` (a configuration) under `teacher`, in one process; `theirs_load` is the teacher's where it reads other prompts."""
+    reading = theirs_load or load
     ours, theirs = size_of(student, setting.freeze_vision, setting.lora), size_of(teacher) if teacher else None
     share, wide = setting.processes if setting.sharded else 1, setting.dtype.itemsize
     parameters, gradients = ours.weights * FLOAT // share, ours.trained * FLOAT // share
@@ -127,13 +127,14 @@ def step_memory(student: Any, teacher: Any | None, load: Load, setting: Setting)
     heads, by_head = _heads(student, teacher, load, setting)
     images, tower = _tower(student, load, setting)
     moments = {
-        "teacher's forward": (0, (_passing(teacher, load, setting) if theirs and setting.live_teacher else 0) + images, 0),
+        "teacher's forward": (0, _passing(teacher, reading, setting) + _tower(teacher, reading, setting)[0] if theirs and setting.live_teacher else images, 0),
         "head": (0, trace.saved + tower, heads),
         "backward, begun": (by_head, trace.saved + trace.backward + tower, 0),
         "backward, ended": (gradients, max(0, trace.backward - trace.gradients) + _tied(student, ours), 0),
     }
     name, (found, activations, head) = max(moments.items(), key=lambda item: sum(item[1]))
-    rest = load.pixel_bytes + gathered
+    own = reading.pixel_bytes if reading is not load and theirs and setting.live_teacher else 0
+    rest = load.pixel_bytes + own + gathered
     return Memory(name, parameters, found + kept, optimizer, initial, taught, activations + rest, head)
 
 
@@ -284,11 +285,3 @@ def _tower(config: Any, load: Load, setting: Setting) -> tuple[int, int]:
         return block, 0
     depth = int(getattr(vision, "depth", 0) or vision.num_hidden_layers)
     return block, block + depth * (load.patches * width * FLOAT if setting.checkpointing else block)
-
-
-def patches_of(pixels: dict[str, Tensor], config: Any) -> int:
-    """How many patches the tower reads of a prompt's image tensors."""
-    vision = config.vision_config
-    side = vision.patch_size[0] if isinstance(vision.patch_size, list | tuple) else vision.patch_size
-    each = 3 * side**2 * getattr(vision, "temporal_patch_size", 1)
-    return math.ceil(sum(t.numel() for name, t in pixels.items() if name.startswith("pixel_values")) / each)

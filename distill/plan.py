@@ -2,11 +2,12 @@
 
 It needs the models' configurations and the student's processor, no weights. Prompts are measured on a sample of the questions; answers are taken as long as
 they may become, unless `machine.answer_tokens` states their mean. Hours come from a throughput that a short run has measured, or else from
-operations: 2 a weight and token forward, 4 more backward (Kaplan et al. 2020, section 2.1), at the share of the devices' peak that `machine` states.
+operations (flops.py), at the share of the devices' peak that `machine` states.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,13 +18,17 @@ from typing import Any
 import torch
 
 from ..errors import DataError, ImageError, LengthError, RecipeError
+from ..files import read_json, write_json
 from ..progress import say
 from ..samples import Sample
 from . import models, ranks
+from .cost import text_table
 from .families import family_of
+from .flops import Shape, forward, shape_of, update
 from .inputs import Encoder
-from .memory import Load, Memory, Setting, forward_memory, patches_of, size_of, step_memory
+from .memory import Load, Memory, Setting, forward_memory, size_of, step_memory
 from .parallel import sharding
+from .reading import Reading, answered, packed, patches_of, prompt_reading, total
 from .recipe import Recipe
 from .shares import Share, plan_run, plan_shares
 from .signal import FORWARD_TOKENS
@@ -37,11 +42,10 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the measured prompts are like: tokens and patches of images on average, and the most."""
+    """What the measured prompts are like to one model: what is read of them on average, and the most."""
 
-    tokens: float
+    mean: Reading
     longest: int
-    patches: float
     most_patches: int
     pixel_bytes: int
 
@@ -61,12 +65,17 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Work:
-    """One part of the run, answers, signal or train: tokens that are read or written, operations, and hours where a throughput is known."""
+    """One piece of the run, as cost.json names it: answers of a source, signal or training in a mask stage.
 
-    part: str
-    tokens: int
+    Tokens that are read and written, operations, and seconds where a throughput is known.
+    """
+
+    stage: str
+    name: str
+    tokens_read: int
+    tokens_written: int
     operations: float
-    hours: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -96,17 +105,16 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        known = [work.hours for work in self.work]
-        return None if None in known else sum(hours for hours in known if hours is not None)
+        return _hours_of(self.work)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model's configuration, and its weights: those that every token meets, those that every patch meets, all, all but the frozen ones."""
+    """A model's configuration, what its operations are counted from, and the prompts as it reads them."""
 
     config: Any
-    language: int
-    vision: int
+    shape: Shape
+    prompts: Prompts
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -119,24 +127,31 @@ def plan(recipe: Recipe) -> Plan:
     folders = (recipe.student, *(teacher.model for teacher in recipe.teachers))
     if all(any(folder.glob("*.safetensors")) for folder in folders):
         distill(recipe, "check")
+        ranks.once(_keep, recipe, found)
     else:
         say("not all weights are there: the plan is made from configurations alone, and whether the models fit each other is not checked")
     return found
 
 
+def _keep(recipe: Recipe, found: Plan) -> None:
+    path = recipe.out / "plan.json"
+    write_json(path, read_json(path) | {"needs": plan_values(found)})
+
+
 def estimate(recipe: Recipe) -> Plan:
     """The plan of a recipe, whether it fits or not."""
-    student = _model(recipe.student)
-    teachers = [_model(teacher.model) for teacher in recipe.teachers]
+    configs = [models.read_config(folder) for folder in (recipe.student, *(teacher.model for teacher in recipe.teachers))]
     samples = read_file(recipe.data.train, recipe.data.limit).samples
-    longest = models.longest_prompt([m.config for m in (student, *teachers)], recipe.longest, recipe.answers.max_tokens)
-    encoder = Encoder(models.load_processor(recipe.student), longest, positions=family_of(student.config.model_type).positions)
-    prompts = measure(samples, encoder, student.config)
+    longest = models.longest_prompt(configs, recipe.longest, recipe.answers.max_tokens)
+    encoder = Encoder(models.load_processor(recipe.student), longest, positions=family_of(configs[0].model_type).positions)
+    readers = [encoder, *(models.teacher_encoder(teacher.model, encoder) for teacher in recipe.teachers)]
+    student, *teachers = (_Model(config, shape_of(config), measure(samples, reader, config)) for config, reader in zip(configs, readers, strict=True))
+    prompts = student.prompts
     shares = plan_shares(recipe, samples)
     stages = tuple(stage for share, steps in zip(shares, plan_run(recipe, shares), strict=True) for stage in _stages(recipe, share, steps, prompts))
     devices = recipe.machine.devices or ranks.count()
-    moments = tuple(moment for share, teacher in zip(shares, teachers, strict=True) for moment in _moments(recipe, share, student, teacher, prompts, devices))
-    work = _work(recipe, shares, student, teachers, prompts, devices)
+    moments = tuple(moment for share, teacher in zip(shares, teachers, strict=True) for moment in _moments(recipe, share, student, teacher, devices))
+    work = _work(recipe, shares, student, teachers, devices)
     return Plan(stages, prompts, moments, work, _disk(recipe, shares, student, teachers), devices)
 
 
@@ -161,20 +176,11 @@ def measure(samples: Sequence[Sample], encoder: Encoder, config: Any) -> Prompts
         except (DataError, ImageError, LengthError):
             continue
         pixels = {name: t for name, t in prompt.pixels.items() if t.is_floating_point()}
-        found.append((len(prompt.ids), patches_of(pixels, config), sum(t.nbytes for t in pixels.values())))
+        found.append((prompt_reading(prompt, config), patches_of(pixels, config), sum(t.nbytes for t in pixels.values())))
     if not found:
         raise DataError(f"none of {min(PROBED, len(samples))} questions can be encoded; expected questions and images for this model, mend the file")
-    tokens, patches, sizes = zip(*found, strict=True)
-    return Prompts(sum(tokens) / len(tokens), max(tokens), sum(patches) / len(patches), max(patches), max(sizes))
-
-
-def _model(folder: Path) -> _Model:
-    config = models.read_config(folder)
-    skeleton = models.skeleton(config)
-    seen = [p.numel() for name, p in skeleton.named_parameters() if any(part in name for part in family_of(config.model_type).VISION)]
-    inputs, outputs = (m.weight for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()))
-    looked_up = 0 if inputs is outputs else inputs.numel()
-    return _Model(config, sum(p.numel() for p in skeleton.parameters()) - sum(seen) - looked_up, sum(seen))
+    read, patches, sizes = zip(*found, strict=True)
+    return Prompts(total(read).scaled(1 / len(read)), int(max(each.tokens for each in read)), max(patches), max(sizes))
 
 
 def _group(recipe: Recipe) -> int:
@@ -190,7 +196,7 @@ def _stages(recipe: Recipe, share: Share, steps: Sequence[Any], prompts: Prompts
             len(bounds),
             sum(step.stage == i for step in steps),
             len(bounds) * (answers.teacher + answers.student),
-            round(len(bounds) * prompts.tokens),
+            round(len(bounds) * prompts.mean.tokens),
             round(len(bounds) * _group(recipe) * mean),
         )
         for i, (ratio, bounds) in enumerate(zip(share.ratios, share.bounds, strict=True))
@@ -217,21 +223,21 @@ def setting_of(recipe: Recipe, devices: int) -> Setting:
     )
 
 
-def _moments(recipe: Recipe, share: Share, student: _Model, teacher: _Model, prompts: Prompts, devices: int) -> list[Moment]:
+def _moments(recipe: Recipe, share: Share, student: _Model, teacher: _Model, devices: int) -> list[Moment]:
     setting, answers, train = setting_of(recipe, devices), recipe.answers, recipe.train
     questions = -(-train.questions_per_step // (devices * train.accumulate))
     group = _group(recipe)
-    load = Load(
-        questions,
-        prompts.longest + group * (answers.max_tokens - 1),
-        questions * group * answers.max_tokens,
-        questions * prompts.most_patches,
-        questions * prompts.pixel_bytes,
-    )
+
+    def load_of(model: _Model) -> Load:
+        prompts, tokens = model.prompts, questions * group * answers.max_tokens
+        length = prompts.longest + group * (answers.max_tokens - 1)
+        return Load(questions, length, tokens, questions * prompts.most_patches, questions * prompts.pixel_bytes)
+
     needed = teacher.config if recipe.objective.needs_teacher else None
-    update = step_memory(student.config, needed, load, setting)
+    update = step_memory(student.config, needed, load_of(student), setting, load_of(teacher) if teacher.prompts != student.prompts else None)
     name = share.teacher.model.name
     found = [Moment(f"training under {name}", update, _lowers(recipe, setting, questions))]
+    prompts = teacher.prompts
     length = prompts.longest + answers.max_tokens
     if answers.teacher and answers.engine == "transformers":
         load = Load(answers.batch, prompts.longest, 0, answers.batch * prompts.most_patches, answers.batch * prompts.pixel_bytes)
@@ -265,44 +271,56 @@ def _lowers(recipe: Recipe, setting: Setting, questions: int) -> str:
     return "set " + " or ".join([way for way, open_ in ways if open_][:3])
 
 
-def _work(recipe: Recipe, shares: Sequence[Share], student: _Model, teachers: Sequence[_Model], prompts: Prompts, devices: int) -> tuple[Work, ...]:
-    answers, machine = recipe.answers, recipe.machine
-    mean, epochs = machine.answer_tokens or answers.max_tokens, recipe.train.epochs
-    live, needed = recipe.teacher_signal == "live", recipe.objective.needs_teacher
-    tokens, operations = dict.fromkeys(("answers", "signal", "train"), 0.0), dict.fromkeys(("answers", "signal", "train"), 0.0)
+def _work(recipe: Recipe, shares: Sequence[Share], student: _Model, teachers: Sequence[_Model], devices: int) -> tuple[Work, ...]:
+    """What every source of answers and every mask stage does; answers have their mean length."""
+    answers, mean = recipe.answers, recipe.machine.answer_tokens or recipe.answers.max_tokens
+    found = []
     for share, teacher in zip(shares, teachers, strict=True):
-        count = len(share.samples)
-        for model, number in ((teacher, answers.teacher), (student, answers.student)):
-            tokens["answers"] += count * number * mean
-            operations["answers"] += count * _forward(model, prompts, number * mean) if number else 0
-        read = prompts.tokens + _group(recipe) * mean
-        by_teacher = count * _forward(teacher, prompts, _group(recipe) * mean) if needed else 0.0
-        if needed and not live:
-            tokens["signal"] += count * read
-            operations["signal"] += by_teacher
-        first = _forward(student, prompts, _group(recipe) * mean)
-        back = (1 if recipe.lora else 2) * 2 * student.language * read * (1 + (1 / NORMS_EVERY if has_both_parts(recipe.objective) else 0))
-        tokens["train"] += epochs * count * read
-        operations["train"] += epochs * (count * (first * (2 if recipe.objective.beta else 1) + back) + (by_teacher if live else 0))
-    rates = {
-        "answers": (machine.answer_tokens_per_second, machine.answer_mfu),
-        "signal": (None, machine.mfu),
-        "train": (machine.tokens_per_second, machine.mfu),
-    }
-    return tuple(Work(part, round(tokens[part]), operations[part], _hours(recipe, tokens[part], operations[part], *rates[part], devices)) for part in tokens)
+        if answers.student:
+            found.append(_answers(recipe, f"student{share.number}", student, len(share.samples), answers.student, devices))
+        for stage, bounds in enumerate(share.bounds):
+            name, count = f"teacher{share.number}-stage{stage}", len(bounds)
+            found += [_answers(recipe, name, teacher, count, answers.teacher, devices)] if answers.teacher else []
+            found += _learning(recipe, name, student, teacher, count, [mean] * _group(recipe), devices)
+    return tuple(found)
 
 
-def _forward(model: _Model, prompts: Prompts, answers: float) -> float:
-    """Operations of one question's forward with so many tokens of answers; those of attention itself, a few in a hundred at these lengths, are left out."""
-    return 2 * model.language * (prompts.tokens + answers) + 2 * model.vision * prompts.patches
+def _answers(recipe: Recipe, name: str, model: _Model, questions: int, number: int, devices: int) -> Work:
+    mean = recipe.machine.answer_tokens or recipe.answers.max_tokens
+    read, written = questions * model.prompts.mean.tokens, questions * number * mean
+    operations = questions * forward(model.shape, answered(model.prompts.mean, [mean] * number))
+    seconds = _seconds(recipe, written, operations, recipe.machine.answer_tokens_per_second, recipe.machine.answer_mfu, devices)
+    return Work("answers", name, round(read), round(written), operations, seconds)
 
 
-def _hours(recipe: Recipe, tokens: float, operations: float, rate: float | None, mfu: float, devices: int) -> float | None:
+def _learning(recipe: Recipe, name: str, student: _Model, teacher: _Model, questions: int, lengths: Sequence[float], devices: int) -> list[Work]:
+    """The teacher's states of a mask stage, where they are kept, and its updates."""
+    machine, needed, found = recipe.machine, recipe.objective.needs_teacher, []
+    own, theirs = packed(student.prompts.mean, lengths), dataclasses.replace(packed(teacher.prompts.mean, lengths), logits=0)
+    by_teacher = forward(teacher.shape, theirs) if needed else 0.0
+    live = recipe.teacher_signal == "live"
+    if needed and not live:
+        operations = questions * by_teacher
+        seconds = _seconds(recipe, 0, operations, None, machine.mfu, devices)
+        found.append(Work("signal", name, round(questions * theirs.tokens), 0, operations, seconds))
+    twice = 1 + (1 / NORMS_EVERY if has_both_parts(recipe.objective) else 0)
+    one = update(student.shape, own, teacher.shape.head if needed else 0, by_teacher if live else 0.0, recipe)
+    count = recipe.train.epochs * questions
+    seconds = _seconds(recipe, count * own.tokens, count * one * twice, machine.tokens_per_second, machine.mfu, devices)
+    return [*found, Work("training", name, round(count * own.tokens), 0, count * one * twice, seconds)]
+
+
+def _seconds(recipe: Recipe, tokens: float, operations: float, rate: float | None, mfu: float, devices: int) -> float | None:
     if not operations:
         return 0.0
     if rate:
-        return tokens / rate / 3600
-    return operations / (devices * recipe.machine.tflops * 1e12 * mfu) / 3600 if recipe.machine.tflops else None
+        return tokens / rate
+    return operations / (devices * recipe.machine.tflops * 1e12 * mfu) if recipe.machine.tflops else None
+
+
+def _hours_of(work: Sequence[Work]) -> float | None:
+    known = [piece.seconds for piece in work]
+    return None if None in known else sum(seconds for seconds in known if seconds is not None) / 3600
 
 
 def _disk(recipe: Recipe, shares: Sequence[Share], student: _Model, teachers: Sequence[_Model]) -> dict[str, int]:
@@ -348,23 +366,27 @@ def plan_text(found: Plan) -> str:
     stages = [[s.teacher, f"{s.ratio:.2f}", *(f"{n:,}" for n in (s.questions, s.steps, s.answers, s.prompt_tokens, s.answer_tokens))] for s in found.stages]
     parts = ("parameters", "gradients", "optimizer", "initial", "teacher", "activations", "heads", "total")
     memory = [[m.stage, *(f"{_gb(getattr(m.memory, part))}" for part in parts)] for m in found.moments]
-    work = [[w.part, f"{w.tokens:,}", f"{w.operations:.2e}", "not stated" if w.hours is None else f"{w.hours:,.1f}"] for w in found.work]
+    work = [_part(name, [piece for piece in found.work if piece.stage == name]) for name in ("answers", "signal", "training")]
     disk = [[name, _gb(size)] for name, size in found.disk.items()]
     devices = f"{found.devices} device{'s' if found.devices > 1 else ''}"
     known = found.hours is not None
     advice = "" if known else "\nFor hours: machine.tflops, or machine.tokens_per_second and machine.answer_tokens_per_second as a short run has measured them."
     return "\n\n".join(
         [
-            _table(["stage", "ratio", "questions", "updates", "answers", "prompt tokens", "answer tokens"], stages),
-            _table([f"GB in each process, {devices}", *("S_0" if part == "initial" else part for part in parts)], memory),
-            _table(["part", "tokens", "operations", "hours"], work) + advice,
-            _table(["disk", "GB"], disk),
+            text_table(["stage", "ratio", "questions", "updates", "answers", "prompt tokens", "answer tokens"], stages),
+            text_table([f"GB in each process, {devices}", *("S_0" if part == "initial" else part for part in parts)], memory),
+            text_table(["part", "tokens read", "written", "operations", "hours"], work) + advice,
+            text_table(["disk", "GB"], disk),
         ]
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [[line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))] for line in (head, *rows)]
-    return "\n".join("  ".join(line) for line in lines)
+def _part(name: str, work: Sequence[Work]) -> list[str]:
+    hours = _hours_of(work)
+    read, written = (sum(getattr(piece, key) for piece in work) for key in ("tokens_read", "tokens_written"))
+    return [name, f"{read:,}", f"{written:,}", f"{sum(piece.operations for piece in work):.2e}", "not stated" if hours is None else f"{hours:,.1f}"]
+
+
+def plan_values(found: Plan) -> dict[str, Any]:
+    """All that `plan_text` prints, and more, as plain values."""
+    return {**dataclasses.asdict(found), "hours": found.hours, "peak": {"stage": found.memory.stage, "bytes": found.memory.memory.total}}

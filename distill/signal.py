@@ -10,6 +10,7 @@ metadata the questions' ids, the name of the file with the output matrix, and a 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from . import ranks
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import CollatePixels, Encoder
 from .parallel import STAND_IN, Hooked, head_of, own, within
+from .reading import Reading, behind, prompt_reading, total
 from .responses import DistinctResponse
 
 FORWARD_TOKENS = 1 << 14  # padded tokens that the teacher reads at once
@@ -90,8 +92,8 @@ class SignalReader:
     shared: bool  # whether responses share a prompt
     dtype: torch.dtype
 
-    def write(self, path: Path, layout: Layout, samples: Sequence[Sample], teacher: Any, metadata: Mapping[str, str]) -> None:
-        """Write the states of a chunk of questions, whole or not at all; those of one forward are the most that is in memory.
+    def write(self, path: Path, layout: Layout, samples: Sequence[Sample], teacher: Any, metadata: Mapping[str, str]) -> Reading:
+        """Write the states of a chunk of questions, whole or not at all; those of one forward are the most that is in memory. Returns what was read.
 
         Raises RunError, before any work, where the disk is too full for them.
         """
@@ -104,7 +106,7 @@ class SignalReader:
         if not ranks.is_main():
             for _ in found:
                 pass
-            return
+            return Reading()
         with whole_file(path) as part, open(part, "wb") as handle:
             _check_space(path, shapes)
             handle.write(header(shapes, {"samples": json.dumps(layout.samples), **metadata}))
@@ -112,6 +114,9 @@ class SignalReader:
                 handle.write(values.tobytes())
             for computed in found:
                 handle.write(_bytes(computed.to("cpu", head.dtype)))
+        prompts = {name: prompt_reading(self.encoder.prompt(by_id[name]), teacher.config) for name in layout.samples}
+        read = (behind(prompts[name], [len(ids) for ids in group], self.shared) for name, group in zip(layout.samples, layout.responses, strict=True))
+        return dataclasses.replace(total(list(read)), logits=0)  # states are kept, logits come in training
 
     def _all_states(self, teacher: Any, groups: Iterable[Group]) -> Iterator[Tensor]:
         """The distinct states of all groups in their order, to the main process; of as many batches as there are processes each computes one."""
@@ -205,6 +210,11 @@ class CachedSignal:
             heads.add((file.head, file.mark))
         [(head, mark)] = heads or {(self._files[0].head, self._files[0].mark)}  # one mask stage, one head
         return torch.cat(states).to(self.device), self._head_in(head, mark)
+
+    @property
+    def head_size(self) -> int:
+        """Of the output matrix that was read last."""
+        return self._head[1].numel() if self._head else 0
 
     def _head_in(self, path: Path, mark: str) -> Tensor:
         if self._head is None or self._head[0] != path:

@@ -8,36 +8,39 @@ A run folder that was begun continues where it stopped: finished files are kept,
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..errors import RecipeError, RunError
+from ..errors import MastersError, RecipeError, RunError
 from ..files import read_json, whole_folder, write_json
+from ..page import Table
 from ..progress import bar, say
 from ..samples import Sample
 from . import lora, models, ranks
 from .agreement import Judged, check_judge, judged
-from .answers import Asking, Source, collect
+from .answers import Asking, Heard, Source, collect
 from .buffer import check_failures, image_digests
 from .card import model_card, portable_values
-from .checkpoint import read_checkpoint, set_weights
+from .checkpoint import read_checkpoint
 from .claims import answers_values, claim, claim_file, digest, locked
+from .cost import cost_table, heard, text_table, write_cost
 from .engines import Weights, check_names, open_engine
 from .evaluate import greedy_answers, scores
 from .examples import evenly, show
 from .families import SUPPORTED, family_of, shares_prompts
+from .flops import Shape, forward, shape_of
+from .generate import Generated
 from .inputs import Encoder
 from .judge import judge
 from .judges import at_once, judge_shelves, open_judge
+from .ledger import Counts, Ledger
 from .mask import TensorMask, keep_masks
 from .mask_cost import write_costs
 from .mask_trial import judge_trial, measure, trial_questions
@@ -50,12 +53,12 @@ from .responses import DistinctResponse, Response, distinct
 from .shares import Share, plan_run, plan_shares, teacher_sources
 from .signal import CachedSignal, OwnPrompts, SignalReader, check_signal, lay_out, write_head
 from .skipped import SKIPPED, counted, counts, look_through, read_file, without, write_skipped
+from .student import trained_student, write_model
 from .trackers import RunLog, check_installed
 from .train import Step, Trainer
 from .validation import Measured, baseline_scores, measured, validate
 
 STAGES = ("check", "mask", "answers", "signal", "train", "student")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUESTIONS_PER_FILE = 1024  # of the teacher's states: a killed run computes at most this many questions' again
 
 TEXTS_COMPARED = 256  # questions, with their answers, of which a teacher's tokenizer must make the student's tokens
@@ -79,8 +82,11 @@ def distill(recipe: Recipe, until: str = "student") -> Path:
             ranks.once(write_costs, recipe.out / "mask-cost.json", costs, recipe.mask, run.dtype)
         if until == "check" or ranks.agreed((recipe.out / "student").exists()):  # what comes last
             return recipe.out
+        run.ledger.open()
+        run.ledger.add("check")
         for share in run.shares:
             masks = run.mask(share)
+            run.ledger.add("mask", unit=str(share.number))
             if until == "mask":
                 run.try_masks(share)
                 continue
@@ -134,6 +140,8 @@ class _Run:
         for teacher in recipe.teachers:
             models.check_prompts(teacher.model, self.encoder, self.shares[0].samples[:TEXTS_COMPARED])
         self.log: RunLog | None = None
+        self.shapes: dict[Path, Shape] = {}
+        self.ledger = Ledger(self.out)
         if configs[0].model_type not in SUPPORTED:
             prompt = self.encoder.prompt(self.shares[0].samples[0])
             models.check_rules(models.load_model(recipe.student, torch.float32).eval(), prompt, self.family.collate_pixels, self.shared)
@@ -148,7 +156,9 @@ class _Run:
         signal = [self._signal_plan(share) for share in self.shares] if self.recipe.objective.needs_teacher else []
         left_out = {name: counts([row for row in self.skipped if row.file == name]) for name in ("train", "validation")}
         planned = {"stages": stages, "steps": sum(map(len, self.steps)), "validation": len(self.validation), "skipped": left_out}
-        write_json(self.out / "plan.json", planned | {"teacher_signal": {"kind": self.recipe.teacher_signal, "teachers": signal}})
+        path = self.out / "plan.json"
+        needs = {"needs": found} if path.exists() and (found := read_json(path).get("needs")) else {}  # what a dry run has reckoned
+        write_json(path, planned | needs | {"teacher_signal": {"kind": self.recipe.teacher_signal, "teachers": signal}})
 
     def _signal_plan(self, share: Share) -> dict[str, Any]:
         wanted, text = self.recipe.answers, models.read_config(share.teacher.model).get_text_config()
@@ -184,7 +194,9 @@ class _Run:
         def score(ratio: float) -> list[float]:
             with masked(teacher, ratio) as model:
                 limits = self.recipe.answers.max_tokens, self.recipe.train.evaluate_batch
-                return scores(asked, greedy_answers(model, self.readers[share.teacher.model], asked, *limits, f"mask ratio {ratio:g}"))
+                answers = greedy_answers(model, self.readers[share.teacher.model], asked, *limits, f"mask ratio {ratio:g}")
+            self.ledger.add("mask trial", unit=f"{share.number}-{ratio:g}", counts=self._greedy(share.teacher.model, asked, answers))
+            return scores(asked, answers)
 
         judged = judge_trial(share.teacher.model.name, measure(folder, ratios, asked, score), masks, trial.tolerance, self.recipe.mask.step)
         ranks.once(write_json, folder.with_suffix(".json"), dataclasses.asdict(judged))
@@ -259,7 +271,7 @@ class _Run:
         settled: Callable[[], bool],
     ) -> list[Response]:
         wanted = self.recipe.answers
-        asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge if self.recipe.judge.kind == "rules" else at_once)
+        asking = Asking(self.buffer, wanted.sampling, self.recipe.seed, wanted.batch, judge if self.recipe.judge.kind == "rules" else at_once, self._tally)
         opened = partial(open_engine, engine, wanted, source, asking, encoder, self.family.collate_pixels, weights, self.out / "serving", images)
         return collect(asking, source, samples, images, opened, settled, together=engine == "transformers")
 
@@ -299,7 +311,7 @@ class _Run:
         if self._first_step(share, stages) == 0:
             return self.recipe.student
         self._check_untrained(share, stages)
-        self._write_model(self._trained_student("last"), place)
+        write_model(trained_student(self.recipe, "last"), self.encoder.processor, self.recipe.student, place)
         return place
 
     def _files(self, share: Share, stages: Sequence[int], folder: Path, suffix: str) -> dict[Path, tuple[int, list[Sample]]]:
@@ -333,8 +345,11 @@ class _Run:
                     stage, chunk = files[path]
                     teacher.set_ratio(share.ratios[stage])
                     head = write_head(folder, f"teacher{share.number}-head", share.ratios[stage], teacher.model, teacher.tensors, mark)
-                    reader.write(path, layouts[path], chunk, teacher.model, {"head": head.name, "mark": mark})
+                    read = reader.write(path, layouts[path], chunk, teacher.model, {"head": head.name, "mark": mark})
                     ranks.wait()
+                    answers = sum(map(len, layouts[path].responses))
+                    counts = Counts(len(layouts[path].samples), answers, int(read.tokens), operations=forward(self._shape(share.teacher.model), read))
+                    self.ledger.add("signal", f"teacher{share.number}-stage{stage}", path.name, counts)
         return CachedSignal(list(files), ranks.device())
 
     def train(
@@ -356,17 +371,22 @@ class _Run:
         taught = self._seen(share, teacher) if teacher else signal
         log = self.log = self.log or RunLog(self.recipe, trainer.done, trainer.total_steps)
         if trainer.done == 0:
-            validate(trainer, self.encoder, self.validation, log, Step(-1, 0, share.ratios[0], ()))
+            self._validate(trainer, log, Step(-1, 0, share.ratios[0], ()))
         ends = {max(s.number for s in planned if s.stage == stage) for stage in {s.stage for s in steps}}
         few = {stage: [sample for sample in share.asked([stage]) if responses.get(sample.id)][: wanted.samples] for stage in stages}
         for step in bar(steps, f"training ({self.recipe.preset})", total=len(planned), done=len(planned) - len(steps), status=log.status):
             if teacher:
                 teacher.set_ratio(step.ratio)
-            log.write(trainer.step(step, share.samples, responses, taught) | {"kind": "step"})
+            row = trainer.step(step, share.samples, responses, taught)
+            learned = sum(len(responses[share.samples[i].id]) for i in step.questions if responses.get(share.samples[i].id))
+            counts = Counts(int(row["questions"]), learned, int(row["tokens"]), operations=row["operations"])
+            self.ledger.add("training", f"teacher{share.number}-stage{step.stage}", str(step.number), counts)
+            log.write(row | {"kind": "step"})
             if step.number in ends or _due(trainer.done, wanted.evaluate_steps):
-                validate(trainer, self.encoder, self.validation, log, step)
+                self._validate(trainer, log, step)
             if _due(trainer.done, wanted.samples_every):
                 show(trainer, evenly(self.validation, wanted.samples), few[step.stage], responses, taught, log, step)
+                self.ledger.add("samples", unit=str(step.number))
             if step.number in ends or _due(trainer.done, wanted.checkpoint_steps):
                 trainer.save()
 
@@ -376,48 +396,46 @@ class _Run:
         if target.exists():
             return
         found = measured(self.out, self.recipe.train.keep)
-        self._report(found)
-        student = self._trained_student(self.recipe.train.keep, self.out / "adapter" if self.recipe.lora and self.recipe.lora.keep_adapter else None)
+        self.ledger.add("student")
+        table = cost_table(write_cost(self.recipe, sum(map(len, self.steps))))
+        self._report(found, table)
+        student = trained_student(self.recipe, self.recipe.train.keep, self.out / "adapter" if self.recipe.lora and self.recipe.lora.keep_adapter else None)
         with whole_folder(target) as part:
-            self._write_model(student, part)
+            write_model(student, self.encoder.processor, self.recipe.student, part)
             write_json(part / "masters_recipe.json", portable_values(self.recipe))
             (part / "README.md").write_text(model_card(self.recipe, student.config.model_type, found), encoding="utf-8")
-        say(f"student written to {target}; {found_in(self.out)}")
+        say(f"{text_table(table.columns, table.rows)}\n{table.note}\nstudent written to {target}; {found_in(self.out)}")
 
-    def _write_model(self, model: Any, folder: Path) -> None:
-        """An ordinary Hugging Face folder with the student's own processor files."""
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-        self.encoder.processor.save_pretrained(folder)
-        for name in PROCESSOR_FILES:  # as they came, settings for videos included
-            if (self.recipe.student / name).is_file():
-                shutil.copyfile(self.recipe.student / name, folder / name)
-
-    def _trained_student(self, keep: str, adapter: Path | None = None) -> Any:
-        """The 'last' or the 'best' weights in bfloat16, adapters merged, and kept in the folder `adapter` if one is named."""
-        student = models.load_model(self.recipe.student, torch.float32)
-        weights = read_checkpoint(self.out / "checkpoints" / f"{keep}.pt")["student"]
-        if not self.recipe.lora:
-            set_weights(student, weights)
-            return student.to(torch.bfloat16)
-        adapted = lora.adapt(student, self.recipe.lora, self.family.LANGUAGE, self.recipe.seed)
-        set_weights(student, weights)
-        if adapter:
-            lora.write_adapter(adapted, adapter, self.recipe.student)
-        return adapted.merge_and_unload().to(torch.bfloat16)
-
-    def _report(self, found: Measured) -> None:
+    def _report(self, found: Measured, table: Table) -> None:
         change = f"Validation accuracy went from {found.before} to {found.after}, by {found.change} question by question."
         said = [change, f"The student holds the {self.recipe.train.keep} weights, after {found.updates:,} updates."]
         said += [f"Skipped, since they could not be used: {counted(self.skipped)} (questions in {SKIPPED})."] if self.skipped else []
-        write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [], said, [])
+        write_report(self.out / "report.html", f"Distillation by preset {self.recipe.preset}", {self.recipe.preset: self.out}, [table], said, [])
 
     def close(self) -> None:
-        """End what watches the run."""
+        """End what watches the run, and add up what it has cost so far."""
+        if self.ledger.opened:
+            with suppress(OSError, MastersError):  # whatever ended the run is what is to be told
+                self.ledger.close()
+                write_cost(self.recipe, sum(map(len, self.steps)))
         if self.log:
             self.log.close()
+
+    def _tally(self, source: Source, pairs: Heard) -> None:
+        folder = self.shares[source.number].teacher.model if source.kind == "teacher" else self.recipe.student
+        self.ledger.add("answers", source.shelf, pairs[0][0].id, heard(pairs, self._shape(folder)))
+
+    def _greedy(self, folder: Path, samples: Sequence[Sample], answers: Sequence[Generated]) -> Counts:
+        return heard([(sample, [answer]) for sample, answer in zip(samples, answers, strict=True)], self._shape(folder))
+
+    def _validate(self, trainer: Trainer, log: RunLog, step: Step) -> None:
+        answers = validate(trainer, self.encoder, self.validation, log, step)
+        self.ledger.add("validation", unit=str(step.number), counts=self._greedy(self.recipe.student, self.validation, answers))
+
+    def _shape(self, folder: Path) -> Shape:
+        if folder not in self.shapes:
+            self.shapes[folder] = shape_of(models.read_config(folder))
+        return self.shapes[folder]
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:

@@ -65,7 +65,7 @@ KINDS = ("table", "step", "evaluation")
 TABLE = KINDS[0]
 AXIS = "updates"
 LATEST = 50  # updates that the status line speaks of
-NOT_FIGURES = {"kind", "step", "stage", "pairs", "questions"}
+NOT_FIGURES = {"kind", "step", "stage", "pairs", "questions", "tokens", "operations"}
 
 
 @dataclass(frozen=True)

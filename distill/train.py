@@ -7,6 +7,7 @@ was killed continues from its checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,14 +31,16 @@ from . import ranks, rewards
 from .checkpoint import optimizer_state, read_checkpoint, set_optimizer_state, set_weights, trained_weights, write_checkpoint
 from .claims import training_mark
 from .families import SUPPORTED, family_of
+from .flops import Shape, forward, shape_of, update
 from .forward import Group, PackedBatch, move, pack, response_states
 from .inputs import Encoder
 from .lora import without_adapters
 from .objective import Heads, ObjectiveWeights, RowStats, loss, row_stats
 from .parallel import STAND_IN, Hooked, head_of, place, sharding, unsynced, whole, with_gradients, within
+from .reading import Reading, behind, prompt_reading, total
 from .recipe import Objective, Recipe
 from .responses import DistinctResponse
-from .signal import OwnPrompts, teacher_states
+from .signal import CachedSignal, OwnPrompts, teacher_states
 
 NORMS_EVERY = 20  # steps between measurements of both parts' gradient norms, for which the step is computed twice
 
@@ -97,6 +100,7 @@ class Trainer:
         self.trained = [p for p in student.parameters() if p.requires_grad]
         # Fused: PyTorch's default on a GPU makes a second copy of all weights for a moment, on a CPU it takes four times as long.
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay, fused=True)
+        self.shapes: dict[int, Shape] = {}  # of models by the identity of their configurations
         self.done = 0  # steps
         self.best = -1.0  # validation accuracy
 
@@ -128,6 +132,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step.number + 1
+        figures["operations"] *= len(passes)
         row = {"step": step.number, "stage": step.stage, "ratio": step.ratio, "loss": figures.pop("loss"), "loss_distill": figures.pop("loss_distill")}
         return row | norms | figures | {"seconds": time.monotonic() - started, "questions": len(chosen)}
 
@@ -161,8 +166,9 @@ class Trainer:
                 shaped = shape_rewards(groups, asked, ours, len(chosen))
                 distill, rest = loss(asked, shaped.advantage, shaped.weights, weights_of(ours), shaped.distill_on)
                 # Processes' gradients are averaged, and the loss is a mean over the questions of all.
+                work = self._work(mine, groups, teacher)
                 (count * {"distill": distill, "rest": rest, "all": distill + rest}[part]).backward()
-            figures = _describe(asked, shaped, groups) | {"loss": float((distill + rest).detach()), "loss_distill": float(distill.detach())}
+            figures = _describe(asked, shaped, groups) | {"loss": float((distill + rest).detach()), "loss_distill": float(distill.detach())} | work
             for name, value in figures.items():
                 sums[name] += value
         return _figures(sums)
@@ -188,8 +194,29 @@ class Trainer:
                 theirs = (None, None) if teacher is None else teacher_states(teacher, batch)
             initial = self._initial_states(batch)
         # Without a backward pass, nothing but `within` gives back what a forward gathers, and the optimizer knows the shares alone.
-        forward = self.wrapped if torch.is_grad_enabled() else partial(within, self.hooked)
-        return RowStats(*forward(_student_stats, batch, theirs, initial, self.recipe.objective).unbind(0))
+        call = self.wrapped if torch.is_grad_enabled() else partial(within, self.hooked)
+        return RowStats(*call(_student_stats, batch, theirs, initial, self.recipe.objective).unbind(0))
+
+    def _work(self, samples: Sequence[Sample], groups: Sequence[Sequence[DistinctResponse]], teacher: Any | None) -> dict[str, float]:
+        """The tokens that the student reads of these questions in one pass, and the operations of all models in it (flops.py)."""
+
+        def read(encoder: Encoder, config: Any) -> Reading:
+            each = zip(samples, groups, strict=True)
+            return total([behind(prompt_reading(encoder.prompt(s), config), [len(r.ids) for r in g], self.shared) for s, g in each])
+
+        own, theirs, head = read(self.encoder, self.student.config), 0.0, 0
+        if isinstance(teacher, CachedSignal):
+            head = teacher.head_size
+        elif teacher is not None:
+            model, encoder = (teacher.model, teacher.encoder) if isinstance(teacher, OwnPrompts) else (teacher, self.encoder)
+            shape = self._shape(model.config)
+            theirs, head = forward(shape, dataclasses.replace(read(encoder, model.config), logits=0)), shape.head
+        return {"tokens": own.tokens, "operations": update(self._shape(self.student.config), own, head, theirs, self.recipe)}
+
+    def _shape(self, config: Any) -> Shape:
+        if id(config) not in self.shapes:
+            self.shapes[id(config)] = shape_of(config)
+        return self.shapes[id(config)]
 
     def _initial_states(self, batch: PackedBatch) -> Pair:
         if not self.recipe.objective.beta:

@@ -38,8 +38,11 @@ class Measured:
     updates: int
 
 
-def validate(trainer: Trainer, encoder: Encoder, samples: Sequence[Sample], log: RunLog, step: Step) -> None:
-    """Write accuracy and its interval to the log, every answer to validation/, and keep the weights where accuracy is the highest so far."""
+def validate(trainer: Trainer, encoder: Encoder, samples: Sequence[Sample], log: RunLog, step: Step) -> list[Generated]:
+    """Write accuracy and its interval to the log, every answer to validation/, and keep the weights where accuracy is the highest so far.
+
+    Returns the answers.
+    """
     recipe = trainer.recipe
     with trainer.autocast():
         answers = greedy_answers(trainer.hooked, encoder, samples, recipe.answers.max_tokens, recipe.train.evaluate_batch, "validating")
@@ -53,6 +56,7 @@ def validate(trainer: Trainer, encoder: Encoder, samples: Sequence[Sample], log:
     if found.mean > trainer.best:
         trainer.best = found.mean
         trainer.save_best()
+    return answers
 
 
 def _form(answers: Sequence[Generated]) -> dict[str, float]:

@@ -55,10 +55,12 @@ def internvl(*shape: int, large: bool = False) -> Any:
     return transformers.InternVLConfig(text_config=words, vision_config=vision | dict(image_size=[448, 448], patch_size=[14, 14]), tie_word_embeddings=False)
 
 
-def smol(*shape: int) -> Any:
-    vision = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
+def smol(*shape: int, large: bool = False) -> Any:
+    sizes = (1152, 4304, 27, 16, 384, 14) if large else (768, 3072, 12, 12, 512, 16)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     words = text(*shape, 49280, head_dim=64, model_type="llama", tie_word_embeddings=False)
-    return transformers.SmolVLMConfig(text_config=words, vision_config=vision, scale_factor=4, tie_word_embeddings=False)
+    vision = dict(zip(names, sizes, strict=True))
+    return transformers.SmolVLMConfig(text_config=words, vision_config=vision, scale_factor=3 if large else 4, tie_word_embeddings=False)
 
 
 # The sizes on the models' pages, in billions of weights, beside their configurations.
@@ -80,16 +82,18 @@ PUBLISHED: dict[str, tuple[float, Any]] = {
     "InternVL3_5-14B-HF": (15.1, lambda: internvl(5120, 17408, 40, 40, 8)),
     "InternVL3_5-38B-HF": (38.4, lambda: internvl(5120, 25600, 64, 64, 8, large=True)),
     "SmolVLM2-256M-Video-Instruct": (0.256, lambda: smol(576, 1536, 30, 9, 3)),
-    "SmolVLM2-500M-Video-Instruct": (0.507, lambda: smol(960, 2560, 32, 15, 5)),
+    "SmolVLM2-2.2B-Instruct": (2.25, lambda: smol(2048, 8192, 24, 32, 32, large=True)),
 }
 
 
-def processor(kind: str) -> Any:
+def processor(config: Any) -> Any:
     """The family's own, with its real sizes of images, and a small tokenizer."""
-    words = build_tokenizer()
+    words, kind = build_tokenizer(), config.model_type
     if kind == "smolvlm":
-        images = Idefics3ImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
-        return transformers.Idefics3Processor(images, words, image_seq_len=64, chat_template=TEMPLATE)  # SmolVLM's own needs torchvision, for videos
+        side = config.vision_config.image_size
+        images = Idefics3ImageProcessorPil(size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
+        count = {384: 81, 512: 64}[side]
+        return transformers.Idefics3Processor(images, words, image_seq_len=count, chat_template=TEMPLATE)  # SmolVLM's own needs torchvision, for videos
     if kind == "internvl":
         words.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]})
         named = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>")
@@ -121,7 +125,7 @@ def add_models(folder: Path, recipe: Path) -> None:
     for name in re.findall(r"models/([\w.-]+)", recipe.read_text()):
         config = PUBLISHED[name][1]()
         config.save_pretrained(folder / "models" / name)
-        processor(config.model_type).save_pretrained(folder / "models" / name)
+        processor(config).save_pretrained(folder / "models" / name)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

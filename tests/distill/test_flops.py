@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from masters.demo.models import build_model, build_processor, build_tokenizer, save_model
-from masters.distill import flops, models
+from masters.distill import flops, models, reading
 from masters.distill.families import family_of
 from masters.distill.forward import Group, pack, response_states
 from masters.distill.generate import Sampling, generate
@@ -71,14 +71,14 @@ def close(formula: float, seen: float, within: float, what: str) -> None:
 def test_a_forward_takes_what_the_counter_sees(family: Any):
     model, encoder = family
     prompt, collate = encoder.prompt(SAMPLE), family_of(model.config.model_type).collate_pixels
-    read, shape = flops.prompt_reading(prompt, model.config), flops.shape_of(model.config)
+    read, shape = reading.prompt_reading(prompt, model.config), flops.shape_of(model.config)
     inputs = dict(input_ids=prompt.ids[None], position_ids=prompt.places.unsqueeze(-2), **to_device(collate([prompt.pixels]), model.device, model.dtype))
     with torch.no_grad():
         seen = counted(lambda: model(**inputs, logits_to_keep=3))
     assert read.patches > 40
     # Rotary tables, and the pooling of LLaVA's tower, are products too.
-    close(flops.forward(shape, read + flops.Reading(logits=3)), seen, 0.03, "forward")
-    assert flops.forward(shape, flops.Reading(patches=read.patches, patch_pairs=read.patch_pairs)) > 0.2 * seen, "the tower has its weight in the sum"
+    close(flops.forward(shape, read + reading.Reading(logits=3)), seen, 0.03, "forward")
+    assert flops.forward(shape, reading.Reading(patches=read.patches, patch_pairs=read.patch_pairs)) > 0.2 * seen, "the tower has its weight in the sum"
 
 
 def test_generation_reads_a_prompt_once_and_every_token_alone(family: Any):
@@ -88,7 +88,7 @@ def test_generation_reads_a_prompt_once_and_every_token_alone(family: Any):
     seen = counted(lambda: found.append(generate(model, encoder, collate, [SAMPLE], 3, Sampling(max_tokens=12), seed=4)))
     lengths = [len(answer.ids) for answer in found[0][0]]
     # A row that has ended is computed on with the others until the last one ends.
-    read = flops.answered(flops.prompt_reading(encoder.prompt(SAMPLE), model.config), [max(lengths)] * 3)
+    read = reading.answered(reading.prompt_reading(encoder.prompt(SAMPLE), model.config), [max(lengths)] * 3)
     close(flops.forward(flops.shape_of(model.config), read), seen, 0.03, "generation")
 
 
@@ -104,10 +104,10 @@ def test_the_gradients_take_what_the_counter_sees(family: Any, monkeypatch: pyte
     seen_backward = counted(lambda: states[0].sum().backward())
     model.zero_grad()
     shape = flops.shape_of(model.config)
-    read = flops.packed(flops.prompt_reading(encoder.prompt(SAMPLE), model.config), map(len, responses))
+    read = reading.packed(reading.prompt_reading(encoder.prompt(SAMPLE), model.config), map(len, responses))
     length = batch.ids.shape[1]
     assert read.tokens == length
-    plain = flops.Reading(read.tokens, length**2, 0, read.patches, read.patch_pairs)  # a dense mask computes what it hides
+    plain = reading.Reading(read.tokens, length**2, 0, read.patches, read.patch_pairs)  # a dense mask computes what it hides
     close(flops.forward(shape, plain), seen_forward, 0.03, "forward")
     close(flops.backward(shape, plain), seen_backward, 0.03, "backward")
     assert read.pairs < length**2
@@ -120,12 +120,12 @@ def test_a_language_model_has_a_shape_too():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         seen = counted(lambda: model(input_ids=torch.arange(40)[None]))
-    close(flops.forward(flops.shape_of(config), flops.Reading(40, 1600, 40)), seen, 0.01, "a judge's forward")
+    close(flops.forward(flops.shape_of(config), reading.Reading(40, 1600, 40)), seen, 0.01, "a judge's forward")
 
 
 def test_answers_behind_one_prompt_are_cheaper_than_apart():
-    shape, prompt = flops.Shape(10_000, 500, 2, 64), flops.Reading(100, 10_000)
-    together = flops.forward(shape, flops.packed(prompt, [11] * 8))
-    apart = 8 * flops.forward(shape, flops.packed(prompt, [11]))
+    shape, prompt = flops.Shape(10_000, 500, 2, 64), reading.Reading(100, 10_000)
+    together = flops.forward(shape, reading.packed(prompt, [11] * 8))
+    apart = 8 * flops.forward(shape, reading.packed(prompt, [11]))
     assert together == pytest.approx(2 * 10_000 * 180 + 4 * 2 * 64 * (10_000 + 8 * 10 * 110) + 2 * 500 * 88)
     assert together < apart / 4

@@ -118,9 +118,11 @@ def test_a_plan_counts_what_the_run_will_do(raw: dict[str, Any]):
     assert [(s.ratio, s.questions, s.steps) for s in found.stages] == [(s["ratio"], s["questions"], s["steps"]) for s in written["stages"]]
     assert sum(s.answers for s in found.stages) == 40 * 8
     assert sum(s.answer_tokens for s in found.stages) == 40 * 8 * 6
-    by_part = {work.part: work for work in found.work}
-    assert by_part["answers"].hours == pytest.approx(40 * 8 * 6 / 10 / 3600)
-    assert by_part["train"].hours == pytest.approx(by_part["train"].tokens / 100 / 3600)
+    by_part = {part: [work for work in found.work if work.stage == part] for part in ("answers", "training")}
+    assert sum(work.tokens_written for work in by_part["answers"]) == 40 * 8 * 6
+    assert sum(work.seconds for work in by_part["answers"]) == pytest.approx(40 * 8 * 6 / 10)
+    assert sum(work.seconds for work in by_part["training"]) == pytest.approx(sum(work.tokens_read for work in by_part["training"]) / 100, rel=1e-3)
+    assert written["needs"] == json.loads(json.dumps(plan.plan_values(found))), "plan.json holds what is printed"
     assert not (recipe.out / "responses").exists()
 
 

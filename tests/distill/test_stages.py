@@ -79,7 +79,7 @@ def test_every_preset_runs_and_leaves_an_ordinary_model(preset: str, raw: dict[s
     assert out == recipe.out
     found = {path.name for path in out.iterdir()} - {".lock"}
     assert found == {
-        *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses", "judge.json"),
+        *("recipe.yaml", "skipped.jsonl", "plan.json", "mask-0.json", "responses", "judge.json", "costs.jsonl", "cost.json"),
         *("metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints", "report.html", "student"),
     }
     samples = read_samples(recipe.data.train, 12)
@@ -204,7 +204,7 @@ def test_a_run_in_parts_equals_a_run_in_one_go(raw: dict[str, Any]):
     whole = distill(recipe_of(raw, out=raw["out"] + "-whole"))
     expected = {
         "check": {"recipe.yaml", "skipped.jsonl", "plan.json", "mask-cost.json"},
-        "mask": {"mask-0.json", "mask-trial-0", "mask-trial-0.json"},
+        "mask": {"costs.jsonl", "cost.json", "mask-0.json", "mask-trial-0", "mask-trial-0.json"},
         "answers": {"responses", "judge.json"},
         "train": {"metrics.jsonl", "trackers.json", "tensorboard", "validation", "checkpoints"},
         "student": {"report.html", "student"},
