@@ -21,7 +21,8 @@ ORDER = ("check", "mask", "mask trial", "answers", "judging", "signal", "trainin
 NOTES = (
     "Seconds are wall time of all processes of the run, loading included; work that was done again after a kill counts again, under 'interrupted' where "
     "it left no piece. Questions, answers, tokens and operations count once.",
-    "Operations follow distill/flops.py (Kaplan et al. 2020; Chowdhery et al. 2022; Dao 2023): what matrices and attention ask for, padding left out.",
+    "Operations follow distill/flops.py (Kaplan et al. 2020; Chowdhery et al. 2022; Dao 2023): what matrices and attention ask for, padding left out. "
+    "An image that several questions show is counted with each, though generation encodes it once.",
     "A run that shares a buffer of answers pays for those that it made. A server's devices and operations are not counted, its tokens are.",
     "peak_bytes are the main process's: allocated on its GPU, or resident where it has none.",
 )

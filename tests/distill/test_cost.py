@@ -148,13 +148,12 @@ def test_online_generation_is_reckoned_from_the_run_s_own_throughput(unbroken: P
     assert online(summed([other]), recipe, 40) is None, "nothing was generated"
 
 
-@pytest.mark.parametrize("lower", [{}, {"gradient_checkpointing": True}])
 def test_an_update_takes_the_operations_that_the_counter_sees(
-    lower: dict[str, Any], models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Any, encoder: Encoder, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(flops, "ATTENTION_BACK", 2.0)  # plain attention, which the counter sees on a CPU, keeps its scores
     raw = values(models, Path("x"), tmp_path / "run") | {"preset": "paper"}
-    raw["train"] = {"dtype": "float32", **lower}
+    raw["train"] = {"dtype": "float32"}
     student, teacher = loading.load_model(models.student, torch.float32), loading.frozen(loading.load_model(models.teacher, torch.float32))
     for model in (student, teacher):
         model.set_attn_implementation("eager")
