@@ -45,13 +45,16 @@ class Cost:
 
 
 def heard(pairs: Heard, shape: Shape | None) -> Counts:
-    """What answering these questions took: prompts read once each, answers written; operations where the model, of this `shape`, is in this process."""
+    """What answering these questions took: prompts read once each, answers written; operations where the model, of this `shape`, is in this process.
+
+    Of what a server has read, and written without telling its tokens, its own figures count.
+    """
     given = [(answers, next((a.read for a in answers if a.read is not None), None)) for _, answers in pairs]
-    lengths = [[len(answer.ids) for answer in answers if answer.finish != "failed"] for answers, _ in given]
+    lengths = [[len(answer.ids) or answer.usage[1] for answer in answers if answer.finish != "failed"] for answers, _ in given]
     known = [answered(read, counts) for (_, read), counts in zip(given, lengths, strict=True) if read is not None]
     operations = forward(shape, total(known)) if shape is not None and (known or not pairs) else None
     written = [length for counts in lengths for length in counts]
-    read = sum(int(read.tokens) for _, read in given if read is not None)
+    read = sum(max(answer.usage[0] for answer in answers) if read is None else int(read.tokens) for answers, read in given if answers)
     return Counts(len(pairs), len(written), read, sum(written), max(written, default=0) if known else 0, operations)
 
 

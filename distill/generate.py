@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Generated:
     reason: str = ""
     told: bool = True  # whether the ids come from the engine, and not from its text
     read: Reading | None = None  # the prompt, where it was read in this process
+    usage: tuple[int, int] = field(default=(0, 0), compare=False)  # tokens of prompt and answer as a server has counted them
 
 
 def failed(reason: str) -> Generated:

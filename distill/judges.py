@@ -20,10 +20,12 @@ from ..errors import MastersError, ModelError, RunError
 from ..progress import bar
 from ..samples import Sample
 from . import models, ranks
+from .answers import Heard
 from .buffer import Shelf
 from .claims import fingerprints
 from .endpoint import GIVE_UP, Draw, Endpoint, ask
 from .families import family_of
+from .flops import Shape, shape_of
 from .generate import Generated, Sampling, failed, generate
 from .inputs import Encoder
 from .judge import Judge, Verdict, judge
@@ -36,6 +38,8 @@ from .verdicts import VerdictFile, verdict_key
 LONGEST = 4096  # tokens of a judge's prompt
 STAND_IN = Sample("\0", (), "?")  # what a process reads that has nothing to judge while others do: they compute the same layers
 CASES = 32 * GIVE_UP  # judged by a server before they are kept
+
+JudgeTally = Callable[[Sequence[Case], Heard], None]  # told of a batch, with what was asked and replied, before it is kept
 
 
 def at_once(sample: Sample, text: str) -> Verdict:
@@ -51,7 +55,13 @@ def judge_name(settings: Judge, mark: str) -> str:
 
 
 def judge_rows(
-    rows: Mapping[str, Sequence[Response]], samples: Sequence[Sample], settings: Judge, name: str, kept: Path, asker: Callable[[], AbstractContextManager[Ask]]
+    rows: Mapping[str, Sequence[Response]],
+    samples: Sequence[Sample],
+    settings: Judge,
+    name: str,
+    kept: Path,
+    asker: Callable[[], AbstractContextManager[Ask]],
+    tally: JudgeTally | None = None,
 ) -> dict[str, list[Response]]:
     """The rows of several shelves with their verdicts, as far as the judge `name` could tell; those in the file `kept` are not asked for again.
 
@@ -63,7 +73,7 @@ def judge_rows(
     texts = {key: pair for pair, key in keys.items() if key not in file.known}
     cases = [Case(by_id[sample], text, key, file.failures.get(key, 0)) for key, (sample, text) in texts.items()]
     if cases:
-        _ask_all(cases, settings, name, file, asker)
+        _ask_all(cases, settings, name, file, asker, tally)
     missing = Verdict(None, "the judge gave no verdict", name)
     said = {pair: file.known.get(key, missing) for pair, key in keys.items()}
     judged = {shelf: [_with(row, said.get((row.sample, row.text))) for row in found] for shelf, found in rows.items()}
@@ -76,7 +86,9 @@ def is_open(row: Response, sample: Sample) -> bool:
     return row.finish != "failed" and row.verdict is None and bool(sample.answers)
 
 
-def _ask_all(cases: Sequence[Case], settings: Judge, name: str, file: VerdictFile, asker: Callable[[], AbstractContextManager[Ask]]) -> None:
+def _ask_all(
+    cases: Sequence[Case], settings: Judge, name: str, file: VerdictFile, asker: Callable[[], AbstractContextManager[Ask]], tally: JudgeTally | None
+) -> None:
     """Batch by batch, each kept when it is finished; of one length together, as little of a batch is padding."""
     size = CASES if settings.kind == "endpoint" else settings.batch * ranks.count()
     order = sorted(cases, key=lambda case: (case.attempt, len(case.sample.prompt) + len(case.text), case.key))
@@ -84,8 +96,22 @@ def _ask_all(cases: Sequence[Case], settings: Judge, name: str, file: VerdictFil
     batches = [group[start : start + size] for group in attempts for start in range(0, len(group), size)]
     with asker() as asked:
         for batch in bar(batches, f"judging {len(cases):,} answers"):
-            verdicts = [dataclasses.replace(verdict, judge=name) for verdict in judge_cases(batch, asked, settings.max_tokens)]
+            heard: list[tuple[Sample, Sequence[Generated]]] = []
+            verdicts = [dataclasses.replace(verdict, judge=name) for verdict in judge_cases(batch, _noted(asked, heard), settings.max_tokens)]
+            if tally:
+                tally(batch, heard)
             file.add([case.key for case in batch], verdicts)
+
+
+def _noted(asked: Ask, heard: list[tuple[Sample, Sequence[Generated]]]) -> Ask:
+    """`asked`, its prompts and replies added to `heard`."""
+
+    def noted(samples: Sequence[Sample], sampling: Sampling, seed: int) -> dict[str, Generated]:
+        found = asked(samples, sampling, seed)
+        heard.extend((sample, [found[sample.id]]) for sample in samples)
+        return found
+
+    return noted
 
 
 def _with(row: Response, verdict: Verdict | None) -> Response:
@@ -109,11 +135,12 @@ def judge_shelves(
     teacher: str,
     buffer: Path,
     asker: Callable[[], AbstractContextManager[Ask]],
+    tally: JudgeTally | None = None,
 ) -> dict[str, list[Response]]:
     """`judge_rows` by a recipe's judge, the shelves in `buffer` written anew where verdicts came; `teacher` names the default judge's fingerprint."""
     prints = fingerprints(recipe)
     name = judge_name(recipe.judge, prints.get("judge") or prints[teacher])
-    found = judge_rows(given, samples, recipe.judge, name, buffer / "verdicts.jsonl", asker)
+    found = judge_rows(given, samples, recipe.judge, name, buffer / "verdicts.jsonl", asker, tally)
     for shelf, rows in found.items():
         if rows != given[shelf]:
             Shelf(buffer, shelf).close(rows)
@@ -137,6 +164,11 @@ def open_judge(recipe: Recipe, folder: Path, teacher: Callable[[], Any]) -> Iter
         with ranks.in_turn():  # the machine's memory holds one whole judge at a time
             model = place(models.frozen(load_judge(settings.model, dtype)), dtype, shard)
         yield from_model(model, judge_encoder(settings.model, settings.max_tokens))
+
+
+def judge_shape(settings: Judge, teacher: Path) -> Shape | None:
+    """What a judge's operations are counted from, by default the teacher's in this folder; None where a server computes."""
+    return None if settings.kind == "endpoint" else shape_of(AutoConfig.from_pretrained(settings.model or teacher, local_files_only=True))
 
 
 def from_server(endpoint: Endpoint) -> Ask:

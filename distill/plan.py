@@ -384,7 +384,8 @@ def plan_text(found: Plan) -> str:
 def _part(name: str, work: Sequence[Work]) -> list[str]:
     hours = _hours_of(work)
     read, written = (sum(getattr(piece, key) for piece in work) for key in ("tokens_read", "tokens_written"))
-    return [name, f"{read:,}", f"{written:,}", f"{sum(piece.operations for piece in work):.2e}", "not stated" if hours is None else f"{hours:,.1f}"]
+    said = "not stated" if hours is None else f"{hours:,.1f}" if hours >= 1 else f"{hours:.4f}"
+    return [name, f"{read:,}", f"{written:,}", f"{sum(piece.operations for piece in work):.2e}", said]
 
 
 def plan_values(found: Plan) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The loss scores the tokens that were sampled. An answer whose tokens are not kno
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..samples import Sample
@@ -22,7 +23,7 @@ def read_choices(body: dict[str, Any], count: int, sample: Sample, encoder: Enco
         return [failed("the answer has no choices")] * count
     usage = body.get("usage")
     drawn = usage.get("completion_tokens") if isinstance(usage, dict) and len(choices) == 1 else None
-    found = [_choice(choice, drawn, sample, encoder) for choice in choices[:count]]
+    found = [replace(_choice(choice, drawn, sample, encoder), usage=_usage(body)) for choice in choices[:count]]
     lacking = failed(f"the server sent {len(choices)} of {count} answers; set answers.endpoint.per_request to {len(choices)}")
     return found + [lacking] * (count - len(found))
 
@@ -48,7 +49,7 @@ def _choice(choice: Any, drawn: Any, sample: Sample, encoder: Encoder) -> Genera
 def read_texts(body: dict[str, Any], count: int) -> list[Generated]:
     """`read_choices` where the text alone is wanted, and no tokens."""
     choices = body.get("choices")
-    found = [_text(choice) for choice in choices[:count]] if isinstance(choices, list) else []
+    found = [replace(_text(choice), usage=_usage(body)) for choice in choices[:count]] if isinstance(choices, list) else []
     return found + [failed(f"the server sent {len(found)} of {count} answers")] * (count - len(found))
 
 
@@ -59,6 +60,14 @@ def _text(choice: Any) -> Generated:
         return failed("a choice has no text")
     finish = choice.get("finish_reason")
     return Generated(content, (), finish, told=False) if finish in FINISHES else failed(f"the answer ended by {str(finish)[:40]!r}, expected stop or length")
+
+
+def _usage(body: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the prompt, and of the answer where there is one alone; 0 where the server does not tell."""
+    usage, choices = body.get("usage"), body.get("choices")
+    told = usage if isinstance(usage, dict) else {}
+    read, written = (found if isinstance(found := told.get(key), int) else 0 for key in ("prompt_tokens", "completion_tokens"))
+    return read, written if isinstance(choices, list) and len(choices) == 1 else 0
 
 
 def told_ids(choice: dict[str, Any]) -> list[int] | None:

@@ -39,7 +39,8 @@ from .flops import Shape, forward, shape_of
 from .generate import Generated
 from .inputs import Encoder
 from .judge import judge
-from .judges import at_once, judge_shelves, open_judge
+from .judge_prompts import Case
+from .judges import at_once, judge_shape, judge_shelves, open_judge
 from .ledger import Counts, Ledger
 from .mask import TensorMask, keep_masks
 from .mask_cost import write_costs
@@ -231,7 +232,8 @@ class _Run:
         if self.recipe.judge.kind == "rules" or self._done() > self._first_step(share, stages):
             return given
         opened = partial(open_judge, self.recipe, share.teacher.model, lambda: self._teacher(share, masks).model)
-        return judge_shelves(given, share.asked(stages), self.recipe, f"teacher {share.number}", self.buffer, opened)
+        tally = partial(self._tally_judge, share)
+        return judge_shelves(given, share.asked(stages), self.recipe, f"teacher {share.number}", self.buffer, opened, tally)
 
     def _teacher_answers(self, share: Share, masks: Sequence[TensorMask], stages: Sequence[int], images: Mapping[str, str]) -> dict[str, list[Response]]:
         sources, rows = teacher_sources(share, self.recipe.answers.teacher), dict[str, list[Response]]()
@@ -424,6 +426,11 @@ class _Run:
     def _tally(self, source: Source, pairs: Heard) -> None:
         folder = self.shares[source.number].teacher.model if source.kind == "teacher" else self.recipe.student
         self.ledger.add("answers", source.shelf, pairs[0][0].id, heard(pairs, self._shape(folder)))
+
+    def _tally_judge(self, share: Share, cases: Sequence[Case], pairs: Heard) -> None:
+        counts = heard(pairs, judge_shape(self.recipe.judge, share.teacher.model))
+        counts = dataclasses.replace(counts, questions=0, answers=len(cases))  # a judgement asks twice
+        self.ledger.add("judging", f"teacher{share.number}", f"{cases[0].attempt}-{cases[0].key}", counts)
 
     def _greedy(self, folder: Path, samples: Sequence[Sample], answers: Sequence[Generated]) -> Counts:
         return heard([(sample, [answer]) for sample, answer in zip(samples, answers, strict=True)], self._shape(folder))

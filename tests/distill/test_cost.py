@@ -10,9 +10,12 @@ import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scripted_server import completion, serve_script
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from masters.distill import flops
+from masters.demo.models import build_tokenizer
+from masters.distill import flops, judges
 from masters.distill import models as loading
 from masters.distill.cost import SUMMED, online, summed
 from masters.distill.inputs import Encoder
@@ -165,3 +168,54 @@ def test_an_update_takes_the_operations_that_the_counter_sees(
     seen = counter.get_total_flops()
     assert row["tokens"] == sum(len(encoder.prompt(s).ids) + 2 * 8 for s in samples[:2])
     assert abs(row["operations"] / seen - 1) < 0.05, f"{row['operations']:.4e} by formula, {seen:.4e} counted: {row['operations'] / seen:.3f}"
+
+
+JUDGE_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<end_of_utterance>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+
+def test_a_model_s_judgements_have_a_row_with_all_that_it_read_and_wrote(models: Any, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A tiny random Llama, whose replies are no verdicts: what passes through it is counted beside the run's ledger."""
+    words = build_tokenizer()
+    words.chat_template = JUDGE_TEMPLATE
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=4096, eos_token_id=words.eos_token_id, **shape)).save_pretrained(
+        tmp_path / "judge"
+    )
+    words.save_pretrained(tmp_path / "judge")
+    seen, real = {"tokens_read": 0, "tokens_written": 0}, judges.generate
+
+    def watched(model: Any, encoder: Encoder, collate: Any, asked: Any, *rest: Any) -> Any:
+        replies = real(model, encoder, collate, asked, *rest)
+        seen["tokens_read"] += sum(len(encoder.encode(sample).ids) for sample in asked)
+        seen["tokens_written"] += sum(len(reply.ids) for [reply] in replies)
+        return replies
+
+    monkeypatch.setattr(judges, "generate", watched)
+    wanted = {"kind": "model", "model": str(tmp_path / "judge"), "max_tokens": 6, "max_unjudged": 1.0, "blind": "warn"}
+    out = distill(build_recipe(values(models, questions, tmp_path / "run") | {"judge": wanted}), until="answers")
+    found = by_stage(cost_of(out))["judging", "teacher0"]
+    rows = [row for path in (out / "responses").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert found["answers"] == len({(row["sample"], row["text"]) for row in rows if row["judge"].startswith("model ")}) > 10
+    assert {key: found[key] for key in seen} == seen
+    assert found["operations"] > 0
+    assert found["seconds"] > 0
+
+
+def test_a_server_s_judgements_count_the_tokens_that_it_reports(models: Any, questions: Path, tmp_path: Path):
+    def script(request: dict[str, Any], count: int) -> tuple[int, dict[str, Any]]:
+        said = str(request["messages"][0]["content"][0]["text"])
+        body = completion("Same. <answer>1</answer>" if "Answer to check" in said else "1")
+        return 200, body | {"usage": {"prompt_tokens": len(said), "completion_tokens": 7}}
+
+    with serve_script(script) as server:
+        wanted = {"kind": "endpoint", "endpoint": {"url": server.url, "model": "tiny"}, "blind": "warn"}
+        out = distill(build_recipe(values(models, questions, tmp_path / "run") | {"judge": wanted}), until="answers")
+    found = by_stage(cost_of(out))["judging", "teacher0"]
+    # Each question to a server begins with a trial of its first, whose reply is not used.
+    asked = {(request["messages"][0]["content"][0]["text"], request["seed"]) for request in server.requests}
+    assert found["tokens_read"] == sum(len(said) for said, _ in asked)
+    assert found["tokens_written"] == 7 * len(asked) == 14 * found["answers"]
+    assert found["operations"] is None
