@@ -22,6 +22,7 @@ from masters.distill import signal, stages
 from masters.distill.families import family_of
 from masters.distill.forward import Group, pack, response_states
 from masters.distill.inputs import Encoder
+from masters.distill.reading import Reading
 from masters.distill.recipe import Recipe, build_recipe
 from masters.distill.responses import DistinctResponse
 from masters.distill.signal import CachedSignal, SignalReader, check_signal, lay_out, prefixes, walk, write_head
@@ -239,12 +240,12 @@ def test_a_signal_is_continued_chunk_by_chunk_and_refused_where_it_is_anothers(r
     recipe = recipe_of(raw)
     read, count = SignalReader.write, 0
 
-    def dies(self: Any, *given: Any) -> None:
+    def dies(self: Any, *given: Any) -> Reading:
         nonlocal count
         count += 1
         if count == 4:
             raise KeyboardInterrupt
-        read(self, *given)
+        return read(self, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(SignalReader, "write", dies)
