@@ -65,7 +65,7 @@ def test_sizes_shrink(bundle_of: Bundles) -> None:
     """Bytes of weights and graph: half for fp16, near a quarter for int8, less for int4; a graph's own overhead weighs at this size."""
     full = graph_bytes(bundle_of("fp32"))
     parts = {precision: graph_bytes(bundle_of(precision)) / full for precision in ("fp16", "int8", "int4")}
-    assert parts["fp16"] < 0.66
+    assert parts["fp16"] < 0.6
     assert parts["int8"] < 0.45
     assert parts["int4"] < parts["int8"]
 
