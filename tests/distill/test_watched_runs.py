@@ -86,6 +86,18 @@ def test_a_learning_rate_that_is_far_too_high_collapses(data: Path, tmp_path: Pa
     assert again_found == list(told.values()), "they follow from the rows"
 
 
+def test_a_decay_that_overshoots_oscillates(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Rate times decay is 1.99, so each step turns the weights to nearly their opposite; a smaller rate, as advised, ends that."""
+    told = found(distill(build_recipe(values(data, tmp_path / "run", "sft", 1e-3, 8, 40, train={"weight_decay": 1990.0})), until="train"))
+    assert told["oscillation"]["figure"] == "loss"
+    assert "went up and down every 2 steps" in told["oscillation"]["said"]
+    assert told["oscillation"]["step"] == 39, "as soon as forty steps are over"
+    assert "train.learning_rate" in told["oscillation"]["settings"]
+    assert f"WATCH: oscillation at step 39: {told['oscillation']['said']}" in capfd.readouterr().err
+    slower = build_recipe(values(data, tmp_path / "slower", "sft", 1e-5, 8, 40, train={"weight_decay": 1990.0}))
+    assert "oscillation" not in found(distill(slower, until="train"))
+
+
 def test_a_student_that_does_not_move_is_no_gain(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = distill(build_recipe(values(data, tmp_path / "run", "sft", 1e-12, 8, 8)))
     told = found(out)
