@@ -70,7 +70,7 @@ class Generated:
     finish: str
     reason: str = ""
     told: bool = True  # whether the ids come from the engine, and not from its text
-    read: Reading | None = None  # the prompt, where it was read in this process
+    read: Reading | None = field(default=None, compare=False)  # the prompt, where it was read in this process
     usage: tuple[int, int] = field(default=(0, 0), compare=False)  # tokens of prompt and answer as a server has counted them
 
 

@@ -35,7 +35,7 @@ def prompt_reading(prompt: Prompt, config: Any) -> Reading:
     """One prompt, with its images; no logits."""
     vision = getattr(config, "vision_config", None)
     tokens = len(prompt.ids)
-    if vision is None or not prompt.pixels:
+    if vision is None or not prompt.pictured:
         return Reading(tokens, tokens**2)
     patches = patches_of(prompt.pixels, config)
     return Reading(tokens, tokens**2, 0, patches, family_of(config.model_type).patch_pairs(prompt.pixels, vision, patches))

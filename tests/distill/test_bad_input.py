@@ -31,7 +31,7 @@ FAULTS = {
     ),
     "500": (500, {"error": "broken\npipe"}, r"the server answered 500 \(.*broken.*pipe"),
     "garbage": (200, b"<html>\n<body>busy", r"the answer is no JSON: '<html> <body>busy'"),
-    "other JSON": (200, {"choices": [{"message": {"content": 7}}]}, r"a choice has no message"),
+    "other JSON": (200, {"choices": [{"message": {"content": 7}}] * 2}, r"a choice has no message"),
     "half a stream": (HALF, completion("yes"), r"RemoteProtocolError: .*incomplete|RemoteProtocolError: peer closed"),
     "dropped": (DROP, b"", r"RemoteProtocolError: "),
     "nothing": (NOTHING, b"", r"no answer within 1 s"),
