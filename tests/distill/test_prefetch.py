@@ -35,6 +35,7 @@ def wait_half_read(questions: Path, told: Path) -> None:
 
     from masters.demo.models import build_processor, build_tokenizer
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     torch.set_num_threads(1)
     batches = [read_samples(questions / "train.jsonl")[i : i + 8] for i in (0, 8, 16, 24, 32)]
     reader = read_prompts(Encoder(build_processor(build_tokenizer())), batches, READERS)
