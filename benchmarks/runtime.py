@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,9 @@ class Process:
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
         order = [*command, self.name, self.shape]
         try:
-            self.process = subprocess.Popen(order, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment)
+            self.process = subprocess.Popen(
+                order, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment, start_new_session=True
+            )
         except OSError as error:
             self.reason = str(error)
         else:
@@ -67,7 +70,7 @@ class Process:
 
     def __exit__(self, *reason: object) -> None:
         if hasattr(self, "process"):
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # a server that it started goes with it
             self.process.communicate()
 
     def ask(self, **order: Any) -> list[float]:

@@ -54,14 +54,9 @@ METRICS = (
     Metric(
         "rewards",
         "Rewards",
-        "Means over a step’s answers, before they become advantages.",
-        (Part("reward_accuracy", "accuracy", zero=True), Part("reward_distillation", "distillation", "dashed")),
-    ),
-    Metric(
-        "expected",
-        "Reward of what the student prefers",
-        "What it would earn if it chose among each question’s answers by its own probabilities: the answers were made before, so their own mean does not rise.",
-        (Part("reward_expected", "expected reward", zero=True),),
+        "Means over a step’s answers, before they become advantages; dotted, the reward that the student expects: if it chose among each question’s answers by "
+        "its own probabilities. The answers were made before, so their own means do not rise.",
+        (Part("reward_accuracy", "accuracy", zero=True), Part("reward_distillation", "distillation", "dashed"), Part("reward_expected", "expected", "dotted")),
     ),
     Metric(
         "outranks",
