@@ -2,20 +2,36 @@
 
 >>> from masters.runtime import load
 >>> print(load("bundle").answer("What does the sign say?", ["street.jpg"]).text)
+
+Importing this brings only what reads a bundle's manifest. The libraries follow in `load`, while files are hashed and graphs are opened.
 """
 
 from __future__ import annotations
 
+import importlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
-from ..manifest import read_manifest, verify_files
-from .answer import Answer, Stream, Timings
-from .graphs import OnnxParts, Parts
+from ..manifest import Manifest, read_manifest, verify_files
 from .providers import log
-from .session import HASHES, SELF_TEST, Chat, Vlm
+
+if TYPE_CHECKING:
+    from .answer import Answer, Stream, Timings
+    from .graphs import Parts
+    from .session import Chat, Vlm
 
 __all__ = ["Answer", "Chat", "Parts", "Stream", "Timings", "Vlm", "load"]
+
+_HOMES = {"Answer": "answer", "Chat": "session", "Parts": "graphs", "Stream": "answer", "Timings": "answer", "Vlm": "session"}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `__all__`, from their modules once they are asked for."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def load(
@@ -41,12 +57,38 @@ def load(
     manifest = read_manifest(folder)
     if manifest.target != "onnx":
         raise BundleError(f"{folder} is made for '{manifest.target}', this runtime runs 'onnx'; use it on its own device, or export with --target onnx")
-    if verify:
-        verify_files(folder, manifest)
-    vlm = Vlm(manifest, folder, OnnxParts(folder, manifest, provider, threads, fallback), image_cache_mb)
-    vlm.unverified = (*(() if verify else (HASHES,)), *((SELF_TEST,) if manifest.golden else ()))
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(verify_files, folder, manifest) if verify else None
+        try:
+            vlm = _open(folder, manifest, provider, threads, fallback, image_cache_mb)
+        finally:
+            if hashed:
+                hashed.result()  # raises: a changed file is the reason for whatever else failed
+    _test(vlm, verify, test)
+    return vlm
+
+
+def _open(folder: Path, manifest: Manifest, provider: str, threads: int | None, fallback: bool, image_cache_mb: float) -> Vlm:
+    """The graphs are opened beside the imports and the tokenizer, which are Python's own work: onnxruntime does not hold its lock meanwhile."""
+    import onnxruntime  # noqa: F401 - before everything else, so that the graphs are begun with
+
+    from .graphs import OnnxParts
+
+    with ThreadPoolExecutor(1) as beside:
+        parts = beside.submit(OnnxParts, folder, manifest, provider, threads, fallback)
+        from .chat import read_chat_format
+        from .session import Vlm
+
+        chat_format = read_chat_format(folder)
+        return Vlm(manifest, folder, parts.result(), image_cache_mb, chat_format)
+
+
+def _test(vlm: Vlm, verify: bool, test: bool) -> None:
+    """The self-test, unless it is deferred; what is deferred is logged."""
+    from .session import HASHES, SELF_TEST
+
+    vlm.unverified = (*(() if verify else (HASHES,)), *((SELF_TEST,) if vlm.manifest.golden else ()))
     if test:
         vlm.verify(SELF_TEST)
     if vlm.unverified:
-        log.warning("%s was opened without %s; verify() of the model makes up for it", folder, " and ".join(vlm.unverified))
-    return vlm
+        log.warning("%s was opened without %s; verify() of the model makes up for it", vlm.folder, " and ".join(vlm.unverified))

@@ -17,7 +17,7 @@ from ..images import ImageSource, open_image
 from ..manifest import Manifest, verify_files
 from .answer import Answer, Clock, Making, Stream
 from .batch import answer_all
-from .chat import Message, read_chat_format, text_message, user_message
+from .chat import ChatFormat, Message, read_chat_format, text_message, user_message
 from .graphs import Parts, ResizableCache
 from .memory import MB
 from .options import Options, Wishes, read_options
@@ -46,14 +46,14 @@ class Seen:
 class Vlm:
     """A vision-language model on this device. Answers are independent of each other; threads may share one."""
 
-    def __init__(self, manifest: Manifest, folder: Path, parts: Parts, image_cache_mb: float = 0) -> None:
-        """`folder` holds tokenizer and chat template. Raises BundleError where they are missing or the family is unknown."""
+    def __init__(self, manifest: Manifest, folder: Path, parts: Parts, image_cache_mb: float = 0, chat_format: ChatFormat | None = None) -> None:
+        """`folder` holds tokenizer and chat template, read now unless they come along. Raises BundleError where they are missing or the family is unknown."""
         self.manifest = manifest
         self.folder = folder
         self.parts = parts
         self.unverified: tuple[str, ...] = ()  # of HASHES and SELF_TEST
         self.memory = PictureMemory(int(image_cache_mb * MB))  # a chat has its own pictures anyway
-        self.format = read_chat_format(folder)
+        self.format = chat_format or read_chat_format(folder)
         self.family = load_family(manifest.model_type)
         for key in ("eos_token_ids", "image_token_id"):
             if key not in manifest.generation:
