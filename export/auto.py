@@ -61,10 +61,10 @@ class Search:
         return next((place for place, size in enumerate(self.bytes) if size <= limit), None)
 
 
-def search(source: Source, questions: Sequence[Asked], method: str) -> Search:
-    """Measure every weight of the model, and order the changes."""
+def search(source: Source, questions: Sequence[Asked], int4: Storage) -> Search:
+    """Measure every weight of the model, and order the changes; `int4` is what int4 is to be like, but for its blocks."""
     products = all_products(source.model, source.family)
-    choices = measure_sensitivity(source, products, questions, method)
+    choices = measure_sensitivity(source, products, questions, int4)
     return Search(tuple(choices), order_changes(choices))
 
 

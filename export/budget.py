@@ -12,7 +12,7 @@ from . import ExportConfig, auto
 from .auto import Budget, Search
 from .bundle import COPIED, write_whole
 from .calibration import ask
-from .precision import Precision
+from .precision import Precision, Storage
 from .source import Source, load_source
 
 
@@ -26,7 +26,8 @@ def write_within(config: ExportConfig, precision: Precision, folder: Path) -> Ma
     data = config.calibrate or config.data
     assert data is not None
     questions = ask(source, data)
-    found = auto.search(source, questions, "rtn" if precision.method == "gptq" else precision.method)
+    method = "rtn" if precision.method == "gptq" else precision.method
+    found = auto.search(source, questions, Storage("int4", method=method, accuracy_level=precision.accuracy_level))
     place: int | None = auto.first_place(found, source, questions, budget, _overhead(source, found))
     while place is not None:
         tried, chosen = place, auto.with_plan(precision, found.plan(place))

@@ -170,7 +170,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     target = load_target(config.target)
     vlm = Vlm(manifest, folder, target.load_parts(folder, manifest))
     # How Core ML's kernels round is Apple's, there is nothing to follow.
-    followed = bool(written.products) and target.follows(precision)
+    followed = bool(written.products) and target.follows(precision, written.products)
     found, references = check_parity(vlm, source, judge=not followed)
     if followed:
         files = {"decoder": folder / manifest.parts["decoder"].file, "vision": folder / manifest.parts["vision_encoder"].file}

@@ -36,13 +36,13 @@ def fit_int4(source: Source, products: Sequence[Product], precision: Precision, 
         if storage.word == "int4" and product.part != "embed":
             wanted.append(product)
         elif storage.word != "fp32":
-            give(product, product.stored(storage), storage.word)
+            give(product, product.stored(storage), storage)
     for group in bar(list(_groups(wanted)), "fitting int4"):
         inputs = _input_products(source, group, questions)
         for product in group:
             storage = precision.storage(product.part, product.name)
             blocks = gptq(product.weight(), inputs.pop(product), storage.block_size)
-            give(product, blocks.weight(product.shape[1]), "int4")
+            give(product, blocks.weight(product.shape[1]), storage)
             fitted[str(product)] = blocks
     return fitted
 

@@ -99,7 +99,7 @@ def _write_quantized(
         return _write(graph, folder, word, chunk_bytes), []
     originals = product_weights(graph)
     fitted = {name: calibrated[f"{part} {name}"] for name in originals if f"{part} {name}" in calibrated}
-    quantize_products(graph, lambda name: precision.storage(part, name), precision.accuracy_level, fitted)
+    quantize_products(graph, lambda name: precision.storage(part, name), fitted)
     written = _write(graph, folder, word, chunk_bytes)
     return written, weight_rows(folder / written.file, part, originals, fitted)
 

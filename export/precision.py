@@ -11,16 +11,18 @@ WORDS = ("fp32", "fp16", "int8", "int4")  # from exact to coarse
 AUTO = "auto"
 BLOCK_SIZES = (16, 32, 64, 128)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+INT8_SUMS = 4  # the accuracy level at which MatMulNBits may round what it is given; below it, it computes in float32
 INT4_METHODS = ("rtn", "k-quant", "gptq")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How one weight is stored: a word of WORDS, and for int4 the weights that share a scale and the method that rounds them."""
+    """How one weight is stored: a word of WORDS, and for int4 the weights that share a scale, the method that rounds them, and how its product sums."""
 
     word: str
     block_size: int = 32
     method: str = "rtn"
+    accuracy_level: int = 0
 
     def __str__(self) -> str:
         return f"int4/{self.block_size}" if self.word == "int4" else self.word
@@ -48,12 +50,14 @@ class Precision:
     def storage(self, part: str, weight: str) -> Storage:
         """How one weight of vision, embed or decoder is stored."""
         method = "rtn" if part == "embed" else self.method  # a row is looked up by standard operators, which know no zero point
-        return self.layers.get(f"{part} {weight}") or Storage(getattr(self, part), self.block_size, method)
+        return self.layers.get(f"{part} {weight}") or Storage(getattr(self, part), self.block_size, method, self.accuracy_level)
 
     def rounding(self, part: str) -> str:
         """The word by which a part's arithmetic is judged beside PyTorch's with the same weights: int8 where any product rounds its activations."""
+        word = str(getattr(self, part))
         mixed = [storage.word for name, storage in self.layers.items() if name.startswith(f"{part} ")]
-        return "int8" if "int8" in mixed else str(getattr(self, part))
+        rounds = "int8" in mixed or (part != "embed" and "int4" in (word, *mixed) and self.accuracy_level >= INT8_SUMS)
+        return "int8" if rounds else word
 
 
 def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0, method: str = "rtn") -> Precision:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ..runtime.graphs import TILES_AT_ONCE
+from .activations import Rounding, rounding_of
 from .decoder import product_layers
 from .precision import Storage
 from .quantize import FACTOR, int4_blocks, int8_rows
@@ -110,15 +111,15 @@ def stored_weight(weight: np.ndarray, storage: Storage, largest: int = FACTOR) -
     return weight
 
 
-def give(product: Product, weight: np.ndarray, word: str) -> list[Any]:
-    """Give the product's layers their rows of float32 [N, K], and what they are given the rounding of `word`; returns the hooks that do this."""
-    start, hooks = 0, []
+def give(product: Product, weight: np.ndarray, storage: Storage) -> list[Any]:
+    """Give the product's layers their rows of float32 [N, K], and what they are given the rounding of `storage`; returns the hooks that do this."""
+    start, hooks, rounding = 0, [], rounding_of(storage, product.shape[1])
     for layer in product.layers:
         rows = len(layer.weight)
         layer.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight[start : start + rows], np.float32)), requires_grad=False)
         start += rows
-        if word == "int8" and isinstance(layer, nn.Linear):
-            hooks.append(layer.register_forward_pre_hook(_round_inputs))
+        if rounding is not None and isinstance(layer, nn.Linear):
+            hooks.append(layer.register_forward_pre_hook(partial(_round_inputs, rounding)))
     return hooks
 
 
@@ -126,7 +127,7 @@ def give(product: Product, weight: np.ndarray, word: str) -> list[Any]:
 def stored_as(products: Mapping[Product, Storage]) -> Iterator[None]:
     """The model with the weights of `products` as these are to be stored, for as long as the block lasts."""
     before = {layer: layer.weight for product in products for layer in product.layers}
-    hooks = [hook for product, storage in products.items() for hook in give(product, product.stored(storage), storage.word)]
+    hooks = [hook for product, storage in products.items() for hook in give(product, product.stored(storage), storage)]
     try:
         yield
     finally:
@@ -136,16 +137,5 @@ def stored_as(products: Mapping[Product, Storage]) -> Iterator[None]:
             hook.remove()
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x as ONNX's DynamicQuantizeLinear keeps it: 256 even steps from the least to the largest value, zero among them (its specification's formula)."""
-    low, high = np.float32(min(float(x.min()), 0.0)), np.float32(max(float(x.max()), 0.0))
-    scale = (high - low) / np.float32(255)
-    if scale == 0:
-        return x
-    zero = float(np.clip(np.rint(-low / scale), 0, 255))
-    return ((torch.round(x / float(scale)) + zero).clamp(0, 255) - zero) * float(scale)
-
-
-def _round_inputs(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    # The runtime encodes a few tiles at a time, each time with a range of its own; a decoder's batch is 1.
-    return (torch.cat([rounded(piece) for piece in inputs[0].split(TILES_AT_ONCE)]) if inputs[0].dim() == 3 else rounded(inputs[0]), *inputs[1:])
+def _round_inputs(rounding: Rounding, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (rounding(inputs[0]), *inputs[1:])

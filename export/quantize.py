@@ -29,7 +29,7 @@ def int4_blocks(weight: np.ndarray, storage: Storage) -> Blocks:
     return METHODS.get(storage.method, round_to_nearest)(weight, storage.block_size)
 
 
-def quantize_products(model: ir.Model, storage: Callable[[str], Storage], accuracy_level: int = 0, calibrated: Mapping[str, Blocks] | None = None) -> ir.Model:
+def quantize_products(model: ir.Model, storage: Callable[[str], Storage], calibrated: Mapping[str, Blocks] | None = None) -> ir.Model:
     """Store the weight of every MatMul as `storage(name of the weight)` says, in place; int4 in the blocks of `calibrated` where it has the weight.
 
     fp16: stored so, multiplied in float32. int8: activations uint8 per call, weights int8 per column, at most FACTOR in size; signed, because ONNX Runtime
@@ -50,7 +50,7 @@ def quantize_products(model: ir.Model, storage: Callable[[str], Storage], accura
                 new = _int8(model, node, weight.const_value.numpy(), name, shared)
             case "int4":
                 blocks = (calibrated or {}).get(name) or int4_blocks(np.ascontiguousarray(weight.const_value.numpy().T, dtype=np.float32), chosen)
-                new = _int4(model, node, blocks, name, accuracy_level)
+                new = _int4(model, node, blocks, name, chosen.accuracy_level)
             case _:
                 continue
         _put(model, node, new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..progress import bar
@@ -45,22 +45,22 @@ def stored_bytes(shape: tuple[int, int], storage: Storage) -> int:
     return 4 * rows * columns
 
 
-def measure_sensitivity(source: Source, products: Sequence[Product], questions: Sequence[Asked], method: str) -> list[Choice]:
-    """Every product in every way that the search considers, each tried alone; float16 counts as no loss."""
+def measure_sensitivity(source: Source, products: Sequence[Product], questions: Sequence[Asked], int4: Storage) -> list[Choice]:
+    """Every product in every way that the search considers, each tried alone, int4 as `int4` has it but for its block; float16 counts as no loss."""
     tower = [product for product in products if product.part == "vision"]
     rest = [product for product in products if product.part != "vision"]
-    found = _tried(source, tower, questions, method, mean_divergence)
+    found = _tried(source, tower, questions, int4, mean_divergence)
     with seen_once(source, questions) as measure:
-        return found + _tried(source, rest, questions, method, measure)
+        return found + _tried(source, rest, questions, int4, measure)
 
 
-def _tried(source: Source, products: Sequence[Product], questions: Sequence[Asked], method: str, measure: Measure) -> list[Choice]:
+def _tried(source: Source, products: Sequence[Product], questions: Sequence[Asked], int4: Storage, measure: Measure) -> list[Choice]:
     found = []
     for product in bar(products, "sensitivity"):
         found.append(Choice(product, HALF, stored_bytes(product.shape, HALF), 0.0))
         # A row of the embedding is looked up by standard operators, without a zero point.
-        how = "rtn" if product.part == "embed" else method
-        for storage in (Storage("int8"), *(Storage("int4", block, how) for block in BLOCKS)):
+        method = "rtn" if product.part == "embed" else int4.method
+        for storage in (Storage("int8"), *(replace(int4, block_size=block, method=method) for block in BLOCKS)):
             with stored_as({product: storage}):
                 found.append(Choice(product, storage, stored_bytes(product.shape, storage), measure(source, questions)))
     return found

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from .activations import known
 from .int4 import Blocks, unpack_int4
 from .precision import Precision
 from .products import Product, give
@@ -28,8 +29,6 @@ HALF_STEPS = 1.01
 BLOCK_ERROR = 0.35
 HALF_EXPONENT = -14  # below 2^this float16 has even steps
 PIECE = 2**22  # weights compared at once
-# Accuracy levels at which MatMulNBits computes in float32, which is what PyTorch computes here.
-EXACT_LEVELS = (0, 1)
 
 
 def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol], calibrated: Mapping[str, Blocks]) -> list[Row]:
@@ -54,10 +53,12 @@ def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol
     return [*rows, Row("weights", part, "", "", "relative error of all quantised weights", float(np.sqrt(lost / max(total, 1e-30))), None, "reported")]
 
 
-def follows(precision: Precision) -> bool:
-    """Whether something is quantised, and PyTorch can round as the graphs do: not where int4's products sum in int8 (accuracy levels above 1)."""
+def follows(precision: Precision, products: Sequence[Product]) -> bool:
+    """Whether something is quantised, and PyTorch can round as the graphs of these products do on this machine."""
     words = {precision.vision, precision.embed, precision.decoder}
-    return bool(precision.layers or words & {"int8", "int4"}) and (precision.accuracy_level in EXACT_LEVELS or "int4" not in words)
+    return bool(precision.layers or words & {"int8", "int4"}) and all(
+        known(precision.storage(product.part, product.name), product.shape[1]) for product in products
+    )
 
 
 def store_weights(source: Source, precision: Precision, products: Sequence[Product], files: Mapping[str, Path]) -> None:
@@ -71,9 +72,9 @@ def store_weights(source: Source, precision: Precision, products: Sequence[Produ
         for product in products:
             storage = precision.storage(product.part, product.name)
             if product.part not in stored:
-                give(product, product.stored(storage), storage.word)
+                give(product, product.stored(storage), storage)
             elif _has(stored[product.part], product.name):
-                give(product, _kept(stored[product.part], product.name, product.shape[1]), storage.word)
+                give(product, _kept(stored[product.part], product.name, product.shape[1]), storage)
 
 
 def _has(stored: Mapping[str, Any], name: str) -> bool:

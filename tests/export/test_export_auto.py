@@ -111,7 +111,7 @@ def test_a_layer_with_outliers_is_kept_fine(lively_vlm: Path, questions_file: Pa
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.weight[:, ::32] *= 60
     questions = ask(source, questions_file)
-    found = auto.search(source, questions, "rtn")
+    found = auto.search(source, questions, Storage("int4"))
     assert len(found.plan(0)) == len(all_products(source.model, source.family))
     place = found.within(0.36 * found.bytes[0])
     assert place is not None

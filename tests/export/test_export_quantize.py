@@ -105,8 +105,8 @@ def run(model: ir.Model, path: Path, **feeds: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def stored(word: str, block: int = 32, method: str = "rtn") -> Any:
-    return lambda _: Storage(word, block, method)
+def stored(word: str, block: int = 32, method: str = "rtn", level: int = 0) -> Any:
+    return lambda _: Storage(word, block, method, level)
 
 
 @pytest.mark.parametrize("method", ["rtn", "k-quant"])
@@ -114,13 +114,13 @@ def stored(word: str, block: int = 32, method: str = "rtn") -> Any:
 def test_int4_graph_computes_with_the_dequantized_weight(inputs: int, block: int, method: str, tmp_path: Path) -> None:
     """ONNX Runtime's MatMulNBits reads our packing as we mean it, for widths that fill no whole block too."""
     weight, x = RNG.standard_normal((inputs, 48)).astype(np.float32), RNG.standard_normal((5, inputs)).astype(np.float32)
-    (ours,) = run(quantize_products(product(weight), stored("int4", block, method), accuracy_level=1), tmp_path / "q4.onnx", x=x)
+    (ours,) = run(quantize_products(product(weight), stored("int4", block, method, level=1)), tmp_path / "q4.onnx", x=x)
     assert_allclose(ours, x @ int4_blocks(np.ascontiguousarray(weight.T), Storage("int4", block, method)).weight(inputs).T, atol=1e-4)
 
 
 def test_scales_that_float16_can_not_hold_stay_float32(tmp_path: Path) -> None:
     weight, x = RNG.standard_normal((64, 48)).astype(np.float32) * 1e-7, RNG.standard_normal((5, 64)).astype(np.float32)
-    graph = quantize_products(product(weight), stored("int4"), accuracy_level=1)
+    graph = quantize_products(product(weight), stored("int4", level=1))
     assert graph.graph.initializers["w0_scale"].dtype == ir.DataType.FLOAT
     (ours,) = run(graph, tmp_path / "q4.onnx", x=x)
     assert_allclose(ours, x @ round_to_nearest(weight.T, 32).weight(64).T, atol=1e-11)
@@ -141,7 +141,7 @@ def test_mixed_graph(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", [0, 4])
 def test_accuracy_level_is_explicit(level: int) -> None:
-    node = next(node for node in quantize_products(product(np.ones((32, 8), np.float32)), stored("int4"), level).graph if node.op_type == "MatMulNBits")
+    node = next(node for node in quantize_products(product(np.ones((32, 8), np.float32)), stored("int4", level=level)).graph if node.op_type == "MatMulNBits")
     assert (node.attributes["accuracy_level"].as_int() if "accuracy_level" in node.attributes else 0) == level
 
 
