@@ -7,6 +7,7 @@ the golden tensors, the parity measured at export, and the checks measured since
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,16 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
     return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256_file(p)) for p in found}
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its entry. Raises BundleError, naming the first file that is missing, changed, or outside the bundle."""
+def verify_files(folder: Path, manifest: Manifest, but: Collection[str] = ()) -> None:
+    """Compare every file `but` those with its entry. Raises BundleError, naming the first file that is missing, changed, or outside the bundle."""
     root = folder.resolve()
     for name in [*(part.file for part in manifest.parts.values()), *([manifest.golden] if manifest.golden else [])]:
         # A package is a folder: its files are listed, it is not.
         if name not in manifest.files and not any(file.startswith(f"{name}/") for file in manifest.files):
             raise BundleError(f"{folder / NAME} names '{name}' as part of the bundle but lists no such file with its hash; export the bundle again")
     for name, entry in manifest.files.items():
+        if name in but:
+            continue
         file = folder / name
         if not file.resolve().is_relative_to(root):
             raise BundleError(f"{folder / NAME} names '{name}', which lies outside the bundle; do not use it")

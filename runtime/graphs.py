@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..errors import BundleError
 from ..manifest import PARTS, Manifest
+from .memory import Range, give_back, mapped_meanwhile
 from .pixels import Pixels
 from .providers import check_placement, choose_provider, new_session, placement
 
@@ -115,16 +117,31 @@ class SharedCache:
 class OnnxParts:
     """The graphs of an ONNX bundle, each in a session of its own."""
 
-    def __init__(self, folder: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None, fallback: bool = False) -> None:
-        """Open the three graphs. Raises BundleError for a graph that can't be opened or has other inputs, and without `fallback` for a provider
-        that doesn't run here or takes no node of a graph."""
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        provider: str = "cpu",
+        threads: int | None = None,
+        fallback: bool = False,
+        prepared: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Open the three graphs, those that are `prepared` in that form. Raises BundleError for a graph that can't be opened or has other inputs, and
+        without `fallback` for a provider that doesn't run here or takes no node of a graph."""
         self.threads = threads or usable_cores()
+        self._pages: dict[str, Sequence[Range]] = {}  # that prepared weights take in memory while they are used
         chosen = choose_provider(provider, fallback)
-        # A table lookup needs no pool of threads.
-        counts = {"vision_encoder": self.threads, "embed_tokens": 1, "decoder": self.threads}
+
+        def opened(part: str) -> InferenceSession:
+            count = 1 if part == "embed_tokens" else self.threads  # a table lookup needs no pool of threads
+            if not prepared or part not in prepared:
+                return open_session(folder / manifest.parts[part].file, chosen, count)
+            with mapped_meanwhile(data_of(prepared[part])) as self._pages[part]:
+                return open_session(prepared[part], chosen, count, optimised=True)
+
         # Packing weights keeps one core busy; what an accelerator compiles for itself comes one after the other.
         with ThreadPoolExecutor(self.threads if chosen == "cpu" else 1) as beside:
-            self.vision, self.embedding, self.decoder = beside.map(lambda part: open_session(folder / manifest.parts[part].file, chosen, counts[part]), PARTS)
+            self.vision, self.embedding, self.decoder = beside.map(opened, PARTS)
         # What really runs: nodes of each graph by provider.
         self.placement = {part: placement(session) for part, session in zip(PARTS, (self.vision, self.embedding, self.decoder), strict=True)}
         for part in ("vision_encoder", "decoder"):
@@ -145,8 +162,10 @@ class OnnxParts:
         }
 
     def encode_images(self, pixels: Pixels) -> np.ndarray:
+        give_back(self._pages.get("decoder", ()))  # only one of the two works at a time
         names = [node.name for node in self.vision.get_inputs()]
         features = [self.vision.run(["image_features"], {name: piece[name] for name in names})[0] for piece in pixels.pieces(TILES_AT_ONCE)]
+        give_back(self._pages.get("vision_encoder", ()))
         return np.concatenate([f.reshape(-1, f.shape[-1]) for f in features]).astype(np.float32, copy=False)
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
@@ -200,8 +219,12 @@ class OnnxParts:
         return np.asarray(cache.binding.get_outputs()[len(cache.past)].numpy())
 
 
-def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
-    """An ONNX Runtime session on `provider`, which is here; nodes that it does not know run on the CPU. Raises BundleError for a damaged graph."""
+def open_session(file: Path, provider: str, threads: int, optimised: bool = False, packed: Path | None = None) -> InferenceSession:
+    """An ONNX Runtime session on `provider`, which is here; nodes that it does not know run on the CPU. Raises BundleError for a damaged graph.
+
+    With `packed` the graph is written there as it is run here, and its weights, as given and as packed for this processor, beside it; opening that, it
+    is `optimised`.
+    """
     # Imported here: half of the import time of everything that a program loads, and not needed before a bundle is opened.
     import onnxruntime
 
@@ -215,10 +238,22 @@ def open_session(file: Path, provider: str, threads: int) -> InferenceSession:
     # The three pools take turns: one that goes on spinning after its call takes the cores from the next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if packed:
+        options.optimized_model_filepath = str(packed)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data_of(packed).name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
         return new_session(file, options, provider)
     except Exception as error:  # the runtime's errors share no class of their own
         raise BundleError(f"onnxruntime could not open {file} ({str(error).splitlines()[0][:160]}); copy the bundle again, or export again") from None
+
+
+def data_of(graph: Path) -> Path:
+    """The file of a prepared graph's weights."""
+    return graph.with_name(f"{graph.name}_data")
 
 
 def present_name(past: str) -> str:

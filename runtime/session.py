@@ -23,6 +23,7 @@ from .memory import MB
 from .options import Options, Wishes, read_options
 from .pictures import Picture, PictureMemory, new_picture
 from .pixels import Grid, Pixels
+from .prepared import Prepared
 from .steps import Context, Steps
 from .writer import Guides, Writer
 
@@ -52,6 +53,7 @@ class Vlm:
         self.folder = folder
         self.parts = parts
         self.unverified: tuple[str, ...] = ()  # of HASHES and SELF_TEST
+        self.prepared: Prepared | None = None  # whose graphs are run in place of the bundle's
         self.memory = PictureMemory(int(image_cache_mb * MB))  # a chat has its own pictures anyway
         self.format = chat_format or read_chat_format(folder)
         self.family = load_family(manifest.model_type)
@@ -113,9 +115,11 @@ class Vlm:
 
         for one in set(what or self.unverified) & set(self.unverified):
             if one == HASHES:
-                verify_files(self.folder, self.manifest)
+                (self.prepared.verify if self.prepared else verify_files)(self.folder, self.manifest)
             else:
                 self_test(self, self.folder / str(self.manifest.golden))
+                if self.prepared:
+                    self.prepared.note_passed()
             self.unverified = tuple(other for other in self.unverified if other != one)
 
     def see(self, images: Sequence[ImageSource], alone: bool = True) -> list[Pixels]:
