@@ -1,14 +1,20 @@
 """The runtime beside other programs: one image and some 40 tokens of text, 50 tokens of answer, on the same machine in the same run.
 
-    python benchmarks/runtime.py [--shapes 256m,500m,internvl-1b] [--peers ours:int4,torch:bfloat16,…] [--rounds 3] [--decode] [--cold]
+    python benchmarks/runtime.py [--shapes 256m,500m,internvl-1b] [--peers ours:int4,torch:bfloat16,…] [--what answers,decode,cold] [--rounds 3] [--keep]
 
 Random models of the real sizes (made once, see runtime_models.py). Every program lives in a process of its own and they answer in turn, round by round;
-medians and their ratios to the first of the list are printed as markdown. A program that can't run here has its reason in the table's place.
+medians and their ratios to the first of the list are printed as markdown. With --keep rows go to results/runtime.json, in the place of the same programs' rows;
+python benchmarks/tables.py writes them into the documents. A program that can't run here has its reason in the table's place.
+
+What the others need: pip install onnxruntime-genai openvino nncf xllamacpp gguf; Node with npm install @huggingface/transformers (runtime_javascript.py);
+a llama-server built for this processor in $LLAMA_SERVER (runtime_llama.py); torch and transformers are those of masters[export].
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -26,19 +32,22 @@ from pathlib import Path
 from typing import Any
 
 from read_bandwidth import read_bandwidth
-from runtime_models import SHAPES, bundle_folder, picture_file
+from runtime_models import NARROW, SHAPES, bundle_folder, picture_file
 from runtime_peers import THREADS
+from runtime_table import CONTEXTS, Row, answers_table, decode_table, merged, read_rows, verdicts
 
+from masters.files import read_json, write_json
 from masters.manifest import read_manifest
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "runtime.json"
 PEERS = (
-    "ours:int4/128/4,ours:int4,ours:int8,genai:int4/128/4,genai:int4,llama.cpp:Q4_0+F16,llama.cpp:Q4_0+Q8_0,llama.cpp:Q8_0+Q8_0,openvino:int4,transformers.js:int4,"
+    f"ours:{NARROW},ours:int4,genai:{NARROW},llama.cpp:Q4_0+F16,llama.cpp:Q8_0+F16,openvino:int4+bf16,openvino:int4+int8,transformers.js:{NARROW},"
     "torch:bfloat16,torch:float32,torch:bfloat16+compiled,torch:float32+compiled"
 )
 QUESTION = "What does the sign above the door of the shop say, and which colour is it? Answer with the words on the sign alone."
-TOKENS, CONTEXTS, STEPS = 50, (128, 2048), 32
-PAUSE = 0.5  # s between two programs: threads that still spin for their last answer go to sleep
+TOKENS, STEPS = 50, 32
+PAUSE = 0.3  # s between two programs: threads that still spin for their last answer go to sleep
 
 
 @dataclass
@@ -48,9 +57,12 @@ class Process:
     name: str
     shape: str
     reason: str = ""
+    warm: float = 0.0  # s of its first answer
     answers: list[list[float]] = field(default_factory=list)  # seconds to each token
     decodes: dict[int, list[float]] = field(default_factory=dict)  # context -> seconds a token, by round
     peak: int = 0
+    weights: int = 0  # bytes that a token reads
+    position: int = 0  # and for each position of the cache
     detail: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Process:
@@ -60,7 +72,7 @@ class Process:
         order = [*command, self.name, self.shape]
         try:
             self.process = subprocess.Popen(
-                order, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment, start_new_session=True
+                order, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env=environment, process_group=0
             )
         except OSError as error:
             self.reason = str(error)
@@ -83,6 +95,7 @@ class Process:
         self.process.stdin.flush()
         found = self._reply()
         self.peak, self.detail = found.get("peak", 0), found.get("detail", {})
+        self.weights, self.position = found.get("weights", 0), found.get("position", 0)
         return [float(second) for second in found.get("times", ())]
 
     def _reply(self) -> dict[str, Any]:
@@ -99,7 +112,7 @@ class Process:
         return {}
 
 
-def measure(processes: list[Process], rounds: int, decode: bool) -> None:
+def ask_for_answers(processes: list[Process], rounds: int) -> None:
     """One answer each to warm up, then `rounds` of every program in turn."""
     picture = str(picture_file())
     for number in range(rounds + 1):
@@ -109,83 +122,66 @@ def measure(processes: list[Process], rounds: int, decode: bool) -> None:
                 process.reason = f"it gave {len(times)} tokens, {TOKENS} were asked for"
             elif times and number:
                 process.answers.append(times)
-    for context in CONTEXTS if decode else ():
+            elif times:
+                process.warm = times[-1]
+
+
+def ask_for_steps(processes: list[Process], rounds: int) -> None:
+    """Seconds a token behind texts of two lengths; the prompt's own time is not counted."""
+    for context in CONTEXTS:
         for _ in range(rounds):
             for process in processes:
                 if times := process.ask(do="decode", context=context, tokens=STEPS):
                     process.decodes.setdefault(context, []).append((times[-1] - times[0]) / (len(times) - 1))
 
 
-def cold_starts(shape: str, precision: str, runs: int) -> str:
-    """From the start of a process to its first token, bundle verified."""
+def row_of(process: Process, ours: Process, cold: float) -> Row:
+    row = Row(process.shape, process.name, process.reason, warm=process.warm, rounds=len(process.answers), peak=process.peak, detail=process.detail)
+    row.machine, row.date, row.prompt, row.cold = machine(), datetime.date.today().isoformat(), process.detail.get("prompt", 0), cold
+    if process.answers and ours.answers:
+        row.first, row.total = median(process.answers, 0), median(process.answers, -1)
+        row.ours_first, row.ours_total = median(ours.answers, 0), median(ours.answers, -1)
+    for context, seconds in process.decodes.items():
+        row.speeds[str(context)] = 1 / statistics.median(seconds)
+        if process.weights:
+            row.read[str(context)] = process.weights + process.position * context
+            row.bandwidth[str(context)] = read_bandwidth(THREADS, row.read[str(context)])
+    if row.ours and process.answers and not process.decodes:  # whose contexts would count for the peak
+        manifest = read_manifest(bundle_folder(process.shape, process.name.partition(":")[2].partition("@")[0]))
+        row.needed = sum(entry.bytes for entry in manifest.files.values()) + process.position * (row.prompt + TOKENS)
+    return row
+
+
+def median(answers: list[list[float]], place: int) -> float:
+    return statistics.median(times[place] for times in answers)
+
+
+def cold_start(shape: str, precision: str, runs: int) -> float:
+    """Seconds from the start of a process to its first token, bundle verified, files in the page cache."""
     from masters.runtime.latency import measure_cold_start
     from masters.samples import Sample
 
     sample = Sample("cold", (picture_file(),), QUESTION)
-    found = measure_cold_start(bundle_folder(shape, precision), "cpu", THREADS, sample, TOKENS, runs)
-    seconds = f"{found.first_token / 1000:.2f} s to the first token, {found.load / 1000:.2f} s of them loading"
-    return f"- cold start of ours:{precision}, files in the page cache: {seconds} (target 1.2 s for 256m)"
+    return measure_cold_start(bundle_folder(shape, precision), "cpu", THREADS, sample, TOKENS, runs).first_token / 1000
 
 
-def ceiling(shape: str, precision: str, context: int, bandwidth: float) -> float:
-    """Tokens a second if every byte of the decoder's weights and of the cache is read once a token at `bandwidth` GB/s."""
-    folder = bundle_folder(shape, precision)
-    manifest = read_manifest(folder)
-    weights = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(manifest.parts["decoder"].file))
-    return bandwidth * 1e9 / (weights + cache_bytes(shape, precision) * context)
-
-
-def cache_bytes(shape: str, precision: str) -> int:
-    """Of one position, float32 keys and values."""
-    geometry = read_manifest(bundle_folder(shape, precision)).decoder
-    return 2 * 4 * geometry.layers * geometry.kv_heads * geometry.head_dim
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values) if values else float("nan")
-
-
-def table(processes: list[Process], decode: bool) -> str:
-    """Markdown; every ratio is to the first program's time."""
-    ours = processes[0]
-    lines = ["| program | image file to 50th token, s | | first token, s | | " + " | ".join(f"tokens/s at {c:,}" for c in CONTEXTS) + " | peak memory, MB |"]
-    lines.append("|---|---|---|---|---|" + "---|" * len(CONTEXTS) + "---|")
-    base = median([times[-1] for times in ours.answers]), median([times[0] for times in ours.answers])
-    for process in processes:
-        if process.reason:
-            lines.append(f"| {process.name} | does not run here: {process.reason[:200].replace('|', '/')} |" + " |" * (len(CONTEXTS) + 4))
-            continue
-        total, first = median([times[-1] for times in process.answers]), median([times[0] for times in process.answers])
-        speeds = " | ".join(f"{1 / median(process.decodes.get(context, [])):.0f}" if decode else "" for context in CONTEXTS)
-        lines.append(f"| {process.name} | {total:.2f} | {total / base[0]:.2f}x | {first:.2f} | {first / base[1]:.2f}x | {speeds} | {process.peak / 1e6:,.0f} |")
-    return "\n".join(lines)
-
-
-def verdicts(processes: list[Process], bandwidth: float, decode: bool) -> list[str]:
-    """Ours against the best of the others and against what memory allows."""
-    ours, others = processes[0], [p for p in processes if not p.name.startswith("ours") and p.answers]
-    precision = ours.name.partition(":")[2]
-    found = []
-    if ours.answers and others:
-        for what, place, target in (("50th token", -1, 0.7), ("first token", 0, 0.6)):
-            best = min(others, key=lambda p, place=place: median([times[place] for times in p.answers]))  # type: ignore[misc]
-            ratio = median([times[place] for times in ours.answers]) / median([times[place] for times in best.answers])
-            found.append(f"- {what}: {ratio:.2f}x of the best other program's, {best.name} (target {target}x)")
-    for context in CONTEXTS if decode and ours.decodes else ():
-        most, speed = ceiling(ours.shape, precision, context, bandwidth), 1 / median(ours.decodes[context])
-        found.append(f"- decode at {context:,}: {speed:.0f} of {most:.0f} tokens/s that {bandwidth:.1f} GB/s allow, {speed / most:.0%} (target 85%)")
-    if ours.peak:
-        manifest = read_manifest(bundle_folder(ours.shape, precision))
-        needed = sum(entry.bytes for entry in manifest.files.values()) + (max(CONTEXTS) + STEPS if decode else 150) * cache_bytes(ours.shape, precision)
-        found.append(f"- peak memory: {ours.peak / needed:.2f}x of bundle and cache, {needed / 1e6:,.0f} MB (target 1.25x)")
-    return found
+def measure(shape: str, peers: list[str], what: set[str], rounds: int) -> list[Row]:
+    """A row for each program; the first is the one that the others are compared with."""
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Process(name, shape)) for name in peers] if what & {"answers", "decode"} else [Process(peers[0], shape)]
+        if "answers" in what:
+            ask_for_answers(processes, rounds)
+        if "decode" in what:
+            ask_for_steps(processes, rounds)
+        cold = cold_start(shape, peers[0].partition(":")[2], rounds) if "cold" in what and peers[0].startswith("ours:") else 0.0
+        return [row_of(process, processes[0], cold if process is processes[0] else 0.0) for process in processes]
 
 
 def machine() -> str:
     name = next(
         (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine()
     )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-genai", "openvino", "xllamacpp", "torch", "transformers"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-genai", "openvino", "torch", "transformers"))
     return f"{name}, {os.cpu_count()} cores, {THREADS} threads; Python {platform.python_version()}, {versions}"
 
 
@@ -196,27 +192,26 @@ def version(package: str) -> str:
         return "missing"
 
 
+def keep(rows: list[Row]) -> None:
+    """Into the file of results, each in its program's place."""
+    old = read_rows(read_json(RESULTS)) if RESULTS.is_file() else []
+    write_json(RESULTS, {"rows": [dataclasses.asdict(row) for row in merged(old, rows)]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--peers", default=PEERS)
+    parser.add_argument("--what", default="answers,decode,cold")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--decode", action="store_true", help="measure decoding at 128 and 2,048 tokens of context too")
-    parser.add_argument("--cold", action="store_true", help="measure cold starts of ours too")
+    parser.add_argument("--keep", action="store_true", help="into results/runtime.json")
     options = parser.parse_args()
     print(machine(), flush=True)
     for shape in options.shapes.split(","):
-        with ExitStack() as stack:
-            processes = [stack.enter_context(Process(name, shape)) for name in options.peers.split(",")]
-            before = read_bandwidth(THREADS)
-            measure(processes, options.rounds, options.decode)
-            bandwidth = max(before, read_bandwidth(THREADS))
-        print(
-            f"\n### {shape}, prompt of {processes[0].detail.get('prompt')} tokens, medians of {options.rounds} rounds\n\n{table(processes, options.decode)}\n"
-        )
-        print("\n".join(verdicts(processes, bandwidth, options.decode)), flush=True)
-        if options.cold:
-            print("\n" + cold_starts(shape, processes[0].name.partition(":")[2], options.rounds), flush=True)
+        rows = measure(shape, options.peers.split(","), set(options.what.split(",")), options.rounds)
+        if options.keep:
+            keep(rows)
+        print(f"\n### {shape}\n\n{answers_table(rows)}\n\n{decode_table(rows)}\n\n" + "\n".join(verdicts(rows)), flush=True)
 
 
 if __name__ == "__main__":

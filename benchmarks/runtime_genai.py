@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ from masters.manifest import Manifest, read_manifest
 
 
 def text_model(shape: str, precision: str, threads: int) -> Path:
-    """The folder that onnxruntime-genai opens; weights are the bundle's own files, linked."""
+    """The folder that onnxruntime-genai opens; weights are the bundle's own files under a second name: it refuses links that lead out of its folder."""
     bundle = bundle_folder(shape, precision)
     folder = cache_folder() / shape / f"genai-{precision.replace('/', '-')}-{threads}"
     if not folder.exists():
         manifest = read_manifest(bundle)
         with whole_folder(folder) as part:
             for data in (bundle / "onnx").glob("*_data*"):
-                (part / data.name).symlink_to(data)
+                os.link(data, part / data.name)
             ir.save(joined(bundle, manifest), part / "model.onnx")
             write_json(part / "genai_config.json", config(bundle, manifest, threads))
     return folder

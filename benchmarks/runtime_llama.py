@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_models import cache_folder, model_folder
+from runtime_peers import own_peak
 
 from masters.files import whole_folder
 
@@ -89,8 +90,6 @@ class Llama:
         return self._times(found["timings"], time.perf_counter() - start)
 
     def peak(self) -> int:
-        from runtime_peers import own_peak
-
         return own_peak(self.server.pid)
 
     def _times(self, timings: dict[str, float], total: float) -> list[float]:

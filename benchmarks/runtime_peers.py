@@ -3,7 +3,8 @@
     python benchmarks/runtime_peers.py ours:int4 256m
 
 Every peer has `answer(picture, question, tokens)`, from the image file to the last token, and `decode(context, tokens)`, steps behind a text of `context`
-tokens; both give the seconds at which each token stood. A peer that can't run here raises, and the table shows why.
+tokens; both give the seconds at which each token stood. `weights` are the bytes of its decoder that a token reads, `position` those of a position in its
+cache, where they are known. A peer that can't run here raises, and the table shows why.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from runtime_models import bundle_folder, model_folder
+
+from masters.manifest import read_manifest
 
 THREADS = 2
 Times = list[float]  # seconds from the start to each token
@@ -30,10 +34,14 @@ class Peer(Protocol):
 class Ours:
     """masters.runtime as an application uses it."""
 
-    def __init__(self, shape: str, precision: str) -> None:
+    def __init__(self, shape: str, settings: str) -> None:
+        """`settings` is a form of the bundle, with a provider behind an @ where it is not the CPU's own."""
         from masters.runtime import load
 
-        self.vlm = load(bundle_folder(shape, precision), threads=THREADS)
+        form, _, provider = settings.partition("@")
+        bundle = bundle_folder(shape, form)
+        self.vlm = load(bundle, provider or "cpu", threads=THREADS)
+        self.weights, self.position = bytes_read(bundle)
 
     def answer(self, picture: Path, question: str, tokens: int) -> Times:
         answer = self.vlm.answer(question, [picture] if picture.name else [], max_tokens=tokens)
@@ -58,9 +66,13 @@ class Torch:
         self.torch, self.source, dtype = torch, load_source(model_folder(shape)), settings.partition("+")[0]
         self.model = self.source.model.to(getattr(torch, dtype)).eval()
         self.settings: dict[str, Any] = {}
+        text, head = self.source.family.text_parts(self.model)
+        config, size = text.config, next(text.parameters()).element_size()
+        self.weights = size * sum(tensor.numel() for tensor in (*text.layers.parameters(), head.weight))
+        self.position = 2 * size * config.num_hidden_layers * config.num_key_value_heads * text.layers[0].self_attn.head_dim
         if settings.endswith("+compiled"):
-            text, _ = self.source.family.text_parts(self.model)
-            tower = self.source.family.vision_parts(self.model)[0]
+            model = self.model.model
+            tower = getattr(model, "vision_model", None) or model.vision_tower
             for layer in (*text.layers, *(tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer)):
                 layer.compile(dynamic=False)
             self.settings = dict(cache_implementation="static")
@@ -102,6 +114,7 @@ class Genai:
 
         self.og, self.model = og, og.Model(str(text_model(shape, precision, THREADS)))
         self.ours = Ours(shape, precision)
+        self.weights, self.position = self.ours.weights, self.ours.position
 
     def answer(self, picture: Path, question: str, tokens: int) -> Times:
         from masters.runtime.chat import user_message
@@ -133,8 +146,16 @@ def _llama(shape: str, kind: str) -> Peer:
     return Llama(shape, kind, THREADS)
 
 
-def _not_measured(shape: str, settings: str) -> Peer:
-    raise RuntimeError("not measured: this benchmark has no adapter for it yet")
+def _openvino(shape: str, settings: str) -> Peer:
+    from runtime_openvino import OpenVino
+
+    return OpenVino(shape, settings, THREADS)
+
+
+def _javascript(shape: str, precision: str) -> Peer:
+    from runtime_javascript import JavaScript
+
+    return JavaScript(shape, precision, THREADS)
 
 
 PEERS: dict[str, Callable[[str, str], Peer]] = {
@@ -142,9 +163,18 @@ PEERS: dict[str, Callable[[str, str], Peer]] = {
     "genai": Genai,
     "torch": Torch,
     "llama.cpp": _llama,
-    "openvino": _not_measured,
-    "transformers.js": _not_measured,
+    "openvino": _openvino,
+    "transformers.js": _javascript,
 }
+
+
+def bytes_read(bundle: Path) -> tuple[int, int]:
+    """What a token reads of a bundle's decoder: all its weights, and keys and values for each position of the cache."""
+    manifest = read_manifest(bundle)
+    decoder, geometry = manifest.parts["decoder"], manifest.decoder
+    weights = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(decoder.file))
+    past = next(spec for spec in decoder.inputs if spec.name.startswith("past_key_values."))
+    return weights, 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * np.dtype(past.dtype).itemsize
 
 
 def _cumulated(first: float, steps: list[float]) -> Times:
@@ -172,8 +202,8 @@ def serve(name: str, shape: str) -> None:
             times = peer.answer(Path(order["picture"]), order["question"], order["tokens"])
         else:
             times = peer.decode(order["context"], order["tokens"])
-        memory = getattr(peer, "peak", own_peak)()
-        print(json.dumps({"times": times, "peak": memory, "detail": getattr(peer, "detail", {})}), flush=True)
+        known = {name: getattr(peer, name, 0) for name in ("weights", "position")}
+        print(json.dumps({"times": times, "peak": getattr(peer, "peak", own_peak)(), "detail": getattr(peer, "detail", {})} | known), flush=True)
 
 
 def own_peak(process: int | str = "self") -> int:

@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/export.md that come from results: rewritten between their markers.
+"""The tables of the README, of docs/export.md and of docs/speed.md that come from results: rewritten between their markers.
 
 python benchmarks/tables.py [--check] [--root FOLDER]     with --check nothing is written, and the exit code is 1 where a file differs
 """
@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from runtime_table import read_rows, speed_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -87,8 +89,9 @@ def main() -> None:
     families = families_table(json.loads((results / "families.json").read_text()))
     measured = results / "export.json"
     costs = costs_table(json.loads(measured.read_text())) if measured.is_file() else "Not measured yet."
+    answers = speed_tables(read_rows(json.loads((results / "runtime.json").read_text())))
     different = []
-    for file, name, table in (("README.md", "families", families), ("docs/export.md", "costs", costs)):
+    for file, name, table in (("README.md", "families", families), ("docs/export.md", "costs", costs), ("docs/speed.md", "speed", answers)):
         path = options.root / file
         text = path.read_text(encoding="utf-8")
         if rewritten(text, name, table) != text:
