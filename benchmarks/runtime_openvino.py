@@ -33,7 +33,8 @@ class OpenVino:
         decoder, _, vision = settings.partition("+")
         folder, bundle = graphs(shape, decoder, vision or "bf16"), bundle_folder(shape, NARROW)
         manifest = read_manifest(bundle)
-        self.prompts = Vlm(manifest, bundle, parts=None)  # type: ignore[arg-type] - template, tokenizer and preprocessing alone
+        nothing: Any = None  # template, tokenizer and preprocessing alone are asked for
+        self.prompts = Vlm(manifest, bundle, nothing)
         self.image_token = manifest.generation["image_token_id"]
         core = ov.Core()
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}

@@ -111,8 +111,8 @@ def verdicts(rows: list[Row]) -> list[str]:
         if row.cold:
             found.append(f"- cold start of {row.program}, files in the page cache: {row.cold:.2f} s to the first token (target {COLD_TARGET} s for 256m)")
         if row.needed and row.peak:
-            share = f"{row.peak / row.needed:.2f}x of bundle and cache, {row.needed / 1e6:,.0f} MB"
-            found.append(f"- peak memory of {row.program}: {share} (target {MEMORY_TARGET}x)")
+            times = f"{row.peak / row.needed:.2f}x of bundle and cache, {row.needed / 1e6:,.0f} MB"
+            found.append(f"- peak memory of {row.program}: {times} (target {MEMORY_TARGET}x)")
     return found
 
 
