@@ -17,6 +17,7 @@ import click
 
 from .errors import MastersError, RecipeError, missing_extra
 
+PROVIDER = "One for all graphs, or by graph: vision=openvino-bf16,decoder=cpu"
 PATH = click.Path(path_type=Path)
 
 
@@ -181,7 +182,7 @@ def export(**options: Any) -> None:
 @click.option("--pattern", help="The answer matches this regular expression.")
 @click.option("--json-schema", type=click.File(encoding="utf-8"), help="The answer is JSON of the schema in this file.")
 @click.option("--threads", type=int, help="Default: one a core.")
-@click.option("--provider", default="cpu", show_default=True)
+@click.option("--provider", default="cpu", show_default=True, help=PROVIDER)
 @_refusing
 def run(bundle: Path, question: str | None, images: tuple[Path, ...], threads: int | None, provider: str, **options: Any) -> None:
     """Answer QUESTION about images with BUNDLE, streaming; without a question: a chat, one question a line."""
@@ -223,7 +224,7 @@ def _print_stream(stream: Any) -> None:
 @click.option("--limit", type=int, help="Only the first questions.")
 @click.option("--max-tokens", type=int, default=32, show_default=True)
 @click.option("--threads", type=int, help="Default: one a core.")
-@click.option("--provider", default="cpu", show_default=True)
+@click.option("--provider", default="cpu", show_default=True, help=PROVIDER)
 @click.option("--sustained", "sustained_seconds", type=float, default=60, show_default=True, help="Seconds of one question over and over; 0 for none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 @click.option("--html", type=PATH, help="Write the report as a page, with plots and the questions answered wrong.")
@@ -271,7 +272,7 @@ def check(as_json: bool, html: Path | None, reports: tuple[Path, Path] | None, *
 @click.option("--image-cache-mb", type=float, default=256, show_default=True, help="Images that were sent before are not encoded again; 0 for none.")
 @click.option("--grace", type=float, default=30, show_default=True, help="Seconds to finish what runs when told to stop.")
 @click.option("--threads", type=int, help="Default: one a core.")
-@click.option("--provider", default="cpu", show_default=True)
+@click.option("--provider", default="cpu", show_default=True, help=PROVIDER)
 @_refusing
 def serve(**options: Any) -> None:
     """Serve BUNDLE as OpenAI's chat completions, with a page to try it, until SIGTERM or Ctrl-C."""

@@ -17,7 +17,7 @@ from ..errors import BundleError
 from ..manifest import PARTS, Manifest
 from .memory import Range, give_back, mapped_meanwhile
 from .pixels import Pixels
-from .providers import check_placement, choose_provider, new_session, placement
+from .providers import ROUNDING, check_placement, choose_provider, name_providers, new_session, placement, providers_by_part
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -130,23 +130,25 @@ class OnnxParts:
         without `fallback` for a provider that doesn't run here or takes no node of a graph."""
         self.threads = threads or usable_cores()
         self._pages: dict[str, Sequence[Range]] = {}  # that prepared weights take in memory while they are used
-        chosen = choose_provider(provider, fallback)
+        chosen = {part: choose_provider(wanted, fallback) for part, wanted in providers_by_part(provider).items()}
 
         def opened(part: str) -> InferenceSession:
             count = 1 if part == "embed_tokens" else self.threads  # a table lookup needs no pool of threads
             if not prepared or part not in prepared:
-                return open_session(folder / manifest.parts[part].file, chosen, count)
+                return open_session(folder / manifest.parts[part].file, chosen[part], count)
             with mapped_meanwhile(data_of(prepared[part])) as self._pages[part]:
-                return open_session(prepared[part], chosen, count, optimised=True)
+                return open_session(prepared[part], chosen[part], count, optimised=True)
 
         # Packing weights keeps one core busy; what an accelerator compiles for itself comes one after the other.
-        with ThreadPoolExecutor(self.threads if chosen == "cpu" else 1) as beside:
+        with ThreadPoolExecutor(self.threads if set(chosen.values()) == {"cpu"} else 1) as beside:
             self.vision, self.embedding, self.decoder = beside.map(opened, PARTS)
         # What really runs: nodes of each graph by provider.
-        self.placement = {part: placement(session) for part, session in zip(PARTS, (self.vision, self.embedding, self.decoder), strict=True)}
+        sessions = zip(PARTS, (self.vision, self.embedding, self.decoder), strict=True)
+        self.placement = {part: placement(session, chosen[part]) for part, session in sessions}
         for part in ("vision_encoder", "decoder"):
-            check_placement(self.placement[part], chosen, manifest.parts[part].file, fallback)
-        self.provider = chosen if chosen in self.placement["decoder"] else next(iter(self.placement["decoder"]))
+            check_placement(self.placement[part], chosen[part], manifest.parts[part].file, fallback)
+        self.provider = name_providers(chosen, self.placement)
+        self.rounding = max(ROUNDING.get(one, 0.0) for one in chosen.values())
         self.shared = bool(manifest.generation.get("shared_cache"))
         inputs = {node.name: node for node in self.decoder.get_inputs()}
         missing = {"inputs_embeds", "attention_mask"} - set(inputs)

@@ -19,6 +19,7 @@ from torch_reference import picture
 
 import masters.runtime
 from masters.errors import BundleError
+from masters.export import ExportConfig, export
 from masters.manifest import list_files, read_manifest, write_manifest
 from masters.runtime import Vlm, load
 from masters.runtime.golden import compare, self_test
@@ -173,6 +174,25 @@ def test_a_provider_that_is_plugged_in(bundle: Path, vlm: Vlm) -> None:
     for part in ("vision_encoder", "decoder"):
         assert plugged.parts.placement[part]["openvino"] > plugged.parts.placement[part].get("cpu", 0)
     assert plugged.answer("what colour is it?", [picture(3)], max_tokens=8).token_ids == vlm.answer("what colour is it?", [picture(3)], max_tokens=8).token_ids
+
+
+def test_a_provider_for_each_graph(lively_vlm: Path, tmp_path: Path) -> None:
+    """The tower on OpenVINO in bfloat16, which is not the same numbers, and the rest on the CPU."""
+    pytest.importorskip("onnxruntime_ep_openvino", reason="the package onnxruntime-ep-openvino is not installed")
+    bundle = tmp_path / "bundle"
+    export(ExportConfig(lively_vlm, "onnx", bundle, "vision=fp16", allow_mismatch=True))
+    vlm, mixed = load(bundle, threads=1), load(bundle, provider="vision=openvino-bf16, decoder=cpu", threads=1)
+    assert isinstance(mixed.parts, OnnxParts)
+    assert mixed.parts.provider == "vision=openvino-bf16,embed=cpu,decoder=cpu"
+    assert [max(found, key=lambda name: found[name]) for found in mixed.parts.placement.values()] == ["openvino-bf16", "cpu", "cpu"]
+    assert load(bundle, provider=mixed.parts.provider, threads=1).parts.provider == mixed.parts.provider
+    pixels = vlm.see([picture(3)])[0]
+    exact, rounded = vlm.encode(pixels), mixed.encode(pixels)
+    assert rounded == pytest.approx(exact, abs=0.1 * float(np.abs(exact).max()))
+    with pytest.raises(BundleError, match="names 'tower'; expected one provider for all, or vision=…, embed=…, decoder=… separated by commas"):
+        load(bundle, provider="tower=cpu")
+    with pytest.raises(BundleError, match="'warp' is not known"):
+        load(bundle, provider="vision=warp")
 
 
 def test_weights_are_mapped_into_memory(bundle: Path, tmp_path: Path) -> None:
