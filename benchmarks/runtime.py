@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from read_bandwidth import read_bandwidth
-from runtime_models import NARROW, SHAPES, bundle_folder, picture_file
+from runtime_models import NARROW, SHAPES, TOWER, bundle_folder, picture_file
 from runtime_peers import THREADS
 from runtime_table import CONTEXTS, Row, answers_table, decode_table, merged, read_rows, verdicts
 
@@ -42,7 +42,7 @@ from masters.manifest import read_manifest
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "runtime.json"
 PEERS = (
-    f"ours:{NARROW},ours:int4,genai:{NARROW},llama.cpp:Q4_0+F16,llama.cpp:Q8_0+F16,openvino:int4+bf16,openvino:int4+int8,transformers.js:{NARROW},"
+    f"ours:{NARROW},ours:int4,ours:{TOWER},genai:{NARROW},llama.cpp:Q4_0+F16,llama.cpp:Q8_0+F16,openvino:int4+bf16,openvino:int4+int8,transformers.js:{NARROW},"
     "torch:bfloat16,torch:float32,torch:bfloat16+compiled,torch:float32+compiled"
 )
 QUESTION = "What does the sign above the door of the shop say, and which colour is it? Answer with the words on the sign alone."

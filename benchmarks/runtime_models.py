@@ -18,7 +18,8 @@ from typing import Any
 from masters.files import whole_folder, write_json
 
 SHAPES = ("256m", "500m", "internvl-1b")
-NARROW = "int4/128/4"  # the fastest form of ours: blocks of 128, products in int8
+NARROW = "int4/128/4"  # the fastest form of ours on ONNX Runtime's own kernels: blocks of 128, products in int8
+TOWER = "vision=fp16+decoder=int4+embed=int4/128/4@vision=openvino-bf16"  # and with the tower on AMX, where onnxruntime-ep-openvino is installed
 # One tile: the published settings make up to 17 (InternVL: 13) of a picture.
 SMOLVLM_SIDE, INTERNVL_SIDE = 512, 448
 MARKS = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>"]  # pad, begin, end
@@ -45,7 +46,7 @@ def model_folder(shape: str) -> Path:
 
 
 def bundle_folder(shape: str, form: str) -> Path:
-    """Our export of that model: `form` is a precision, or with block size and accuracy level behind it, as in int4/128/4.
+    """Our export of that model: `form` is a precision, or with block size and accuracy level behind it, as in int4/128/4; + for a precision's commas.
 
     Random weights have no answers to protect: what quantisation does to them is not judged.
     """
@@ -55,7 +56,7 @@ def bundle_folder(shape: str, form: str) -> Path:
     if not folder.exists():
         from masters.export import ExportConfig, export
 
-        export(ExportConfig(model_folder(shape), "onnx", folder, precision, allow_mismatch=True, **settings))
+        export(ExportConfig(model_folder(shape), "onnx", folder, precision.replace("+", ","), allow_mismatch=True, **settings))
     return folder
 
 

@@ -40,7 +40,7 @@ class Ours:
 
         form, _, provider = settings.partition("@")
         bundle = bundle_folder(shape, form)
-        self.vlm = load(bundle, provider or "cpu", threads=THREADS)
+        self.vlm = load(bundle, provider.replace("+", ",") or "cpu", threads=THREADS)
         self.weights, self.position = bytes_read(bundle)
 
     def answer(self, picture: Path, question: str, tokens: int) -> Times:
