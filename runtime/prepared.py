@@ -13,6 +13,7 @@ import json
 import platform
 from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import BundleError, MastersError
@@ -61,10 +62,10 @@ def prepare(bundle: Path, manifest: Manifest, into: Path, threads: int | None) -
 
     Raises BundleError for a bundle whose files were changed, and a graph that can't be opened.
     """
-    from .graphs import open_session, usable_cores
-
     folder = into / _name(manifest)
     if not folder.exists():
+        from .graphs import open_session, usable_cores
+
         log.info("packing the weights of %s for this processor into %s", bundle, folder)
         verify_files(bundle, manifest)
         with whole_folder(folder, replace=True) as part:
@@ -76,10 +77,13 @@ def prepare(bundle: Path, manifest: Manifest, into: Path, threads: int | None) -
 
 def _name(manifest: Manifest) -> str:
     """Of the bundle's files, the processor and the library, shortened."""
-    import onnxruntime
-
+    # Its version stands there; importing it takes as long as hashing half of the files, which can begin meanwhile.
+    spec = find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    library = Path(spec.origin).read_text(encoding="utf-8")
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
-    told = json.dumps([files, onnxruntime.__version__, onnxruntime.get_build_info(), _processor()], sort_keys=True)
+    told = json.dumps([files, library, _processor()], sort_keys=True)
     return f"{manifest.model_type}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
