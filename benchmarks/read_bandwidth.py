@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 SIZES = (2**25, 80_000_000, 2**28, 2**29, 2**30)
-ROUNDS = 9
+ROUNDS = 25
 C = """
 #include <stddef.h>
 #include <stdint.h>

@@ -135,7 +135,7 @@ def ask_for_steps(processes: list[Process], rounds: int) -> None:
                     process.decodes.setdefault(context, []).append((times[-1] - times[0]) / (len(times) - 1))
 
 
-def row_of(process: Process, ours: Process, cold: float) -> Row:
+def row_of(process: Process, ours: Process, cold: float, bandwidth: dict[int, float]) -> Row:
     row = Row(process.shape, process.name, process.reason, warm=process.warm, rounds=len(process.answers), peak=process.peak, detail=process.detail)
     row.machine, row.date, row.prompt, row.cold = machine(), datetime.date.today().isoformat(), process.detail.get("prompt", 0), cold
     if process.answers and ours.answers:
@@ -145,7 +145,7 @@ def row_of(process: Process, ours: Process, cold: float) -> Row:
         row.speeds[str(context)] = 1 / statistics.median(seconds)
         if process.weights:
             row.read[str(context)] = process.weights + process.position * context
-            row.bandwidth[str(context)] = read_bandwidth(THREADS, row.read[str(context)])
+            row.bandwidth[str(context)] = bandwidth[context]
     if row.ours and process.answers and not process.decodes:  # whose contexts would count for the peak
         manifest = read_manifest(bundle_folder(process.shape, process.name.partition(":")[2].partition("@")[0]))
         row.needed = sum(entry.bytes for entry in manifest.files.values()) + process.position * (row.prompt + TOKENS)
@@ -174,7 +174,9 @@ def measure(shape: str, peers: list[str], what: set[str], rounds: int) -> list[R
         if "decode" in what:
             ask_for_steps(processes, rounds)
         cold = cold_start(shape, peers[0].partition(":")[2], rounds) if "cold" in what and peers[0].startswith("ours:") else 0.0
-        return [row_of(process, processes[0], cold if process is processes[0] else 0.0) for process in processes]
+        # Of as many bytes as the first program reads a token.
+        bandwidth = {context: read_bandwidth(THREADS, processes[0].weights + processes[0].position * context) for context in processes[0].decodes}
+        return [row_of(process, processes[0], cold if process is processes[0] else 0.0, bandwidth) for process in processes]
 
 
 def machine() -> str:

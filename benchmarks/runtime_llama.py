@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from runtime_models import cache_folder, model_folder
+from runtime_models import INTERNVL_SIDE, cache_folder, model_folder
 from runtime_peers import own_peak
 
-from masters.files import whole_folder
+from masters.files import read_json, whole_folder
 
 WHEEL = """
 import signal, sys, xllamacpp
@@ -36,16 +37,20 @@ signal.sigwait({signal.SIGTERM, signal.SIGINT})
 
 
 class Llama:
-    """The server and a client that sends the picture's bytes. It encodes each picture twice, as a tile and as a whole, and its times hold both."""
+    """The server and a client that sends the picture's bytes."""
 
     def __init__(self, shape: str, kind: str, threads: int) -> None:
         text, _, vision = kind.partition("+")
         files = gguf_folder(shape, text, vision or "F16")
+        self.side = INTERNVL_SIDE if shape.startswith("internvl") else None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         server = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
         model, mmproj = files / "model.gguf", files / "mmproj.gguf"
+        settings = read_json(model_folder(shape) / "config.json")["text_config"]
+        self.weights = model.stat().st_size
+        self.position = 2 * 2 * settings["num_hidden_layers"] * settings["num_key_value_heads"] * settings["head_dim"]  # float16
         ours = [
             "-m",
             model,
@@ -78,7 +83,7 @@ class Llama:
 
     def answer(self, picture: Path, question: str, tokens: int) -> list[float]:
         start = time.perf_counter()
-        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()}}
+        image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(fitted(picture, self.side)).decode()}}
         messages = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
         found = self._ask("/v1/chat/completions", messages=messages, max_tokens=tokens)
         total = time.perf_counter() - start
@@ -118,14 +123,22 @@ class Llama:
 
 
 def gguf_folder(shape: str, text: str, vision: str) -> Path:
-    """Model and projector as GGUF. Every matrix of the decoder has the type `text`, embedding and head too, which is its fastest form."""
-    if shape.startswith("internvl"):
-        raise RuntimeError("no GGUF is written for this shape: the converter knows Idefics3 alone")
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "distill"))
-    from gguf_model import write_gguf
+    """Model and projector as GGUF."""
+    from runtime_gguf import write_gguf
 
     folder = cache_folder() / shape / f"gguf-{text}-{vision}"
     if not folder.exists():
         with whole_folder(folder) as part:
             write_gguf(model_folder(shape), part, text, vision)
     return folder
+
+
+def fitted(picture: Path, side: int | None) -> bytes:
+    """The picture's bytes, or a smaller one's: InternVL's is encoded twice, cut and whole, unless it has a tile's size already."""
+    if side is None:
+        return picture.read_bytes()
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.open(picture).resize((side, side)).save(stream, "bmp")
+    return stream.getvalue()
