@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NAMES = {"256m": "SmolVLM-256M", "500m": "SmolVLM-500M", "internvl-1b": "InternVL3.5-1B"}
+KINDS = {
+    "ours": "masters.runtime",
+    "genai": "onnxruntime-genai, our decoder behind our tower",
+    "openvino": "OpenVINO, a loop of its own",
+    "torch": "PyTorch (transformers)",
+}
 CONTEXTS = (128, 2048)
 FIRST_TARGET, TOTAL_TARGET, SHARE_TARGET, COLD_TARGET, MEMORY_TARGET = 0.6, 0.7, 0.85, 1.2, 1.25
 
@@ -144,7 +150,7 @@ def summary_table(rows: list[Row]) -> str:
             those = [row for row in rows if row.shape == shape and row.program.partition(":")[0] == kind and row.total]
             best = min(those, key=lambda row: row.total / row.ours_total, default=None)
             cells.append(f"{best.first:.2f} / {best.total:.2f}" if best else "–")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines.append(f"| {KINDS.get(kind, kind)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

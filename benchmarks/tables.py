@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtime_table import read_rows, speed_tables
+from runtime_table import read_rows, speed_tables, summary_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -89,9 +89,10 @@ def main() -> None:
     families = families_table(json.loads((results / "families.json").read_text()))
     measured = results / "export.json"
     costs = costs_table(json.loads(measured.read_text())) if measured.is_file() else "Not measured yet."
-    answers = speed_tables(read_rows(json.loads((results / "runtime.json").read_text())))
+    rows = read_rows(json.loads((results / "runtime.json").read_text()))
     different = []
-    for file, name, table in (("README.md", "families", families), ("docs/export.md", "costs", costs), ("docs/speed.md", "speed", answers)):
+    tables = (("README.md", "families", families), ("README.md", "speed", summary_table(rows)), ("docs/export.md", "costs", costs))
+    for file, name, table in (*tables, ("docs/speed.md", "speed", speed_tables(rows))):
         path = options.root / file
         text = path.read_text(encoding="utf-8")
         if rewritten(text, name, table) != text:
