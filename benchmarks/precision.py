@@ -117,13 +117,12 @@ class Bench:
 
     def auto(self) -> None:
         """What is stored alike everywhere, and what the search makes of as many bytes."""
-        found = auto.search(self.source, self.calibration, Storage("int4"))
+        paths = auto.search(self.source, self.calibration, Storage("int4"))
         for vision, embed, decoder in (("int4", "int4", "int4"), ("int8", "int8", "int4"), ("int8", "int8", "int8")):
             plan = self.of(vision=Storage(vision), embed=Storage(embed), decoder=Storage(decoder))
             self.row(f"vision={vision}, decoder={decoder}, embed={embed}", plan)
-            place = found.within(self.size(plan))
-            assert place is not None
-            self.row("auto, at most as many bytes", found.plan(place))
+            path, place = auto.begin(paths, self.source, self.calibration, auto.Budget(max_bytes=self.size(plan)), 0)
+            self.row("auto, at most as many bytes", path.plan(place))
 
     def fitted(self, block: int) -> None:
         """GPTQ, on a model of its own."""

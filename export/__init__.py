@@ -31,13 +31,15 @@ class ExportConfig:
     force: bool = False
     allow_mismatch: bool = False
     mobile: bool = False  # run ONNX Runtime's tools for mobile builds on the graphs too (ONNX)
-    block_size: int = 32  # weights that share an int4 scale; 16, 32, 64 or 128
+    block_size: int | None = None  # weights that share an int4 scale; 16, 32, 64 or 128; None: 64 in ONNX bundles, 32 in Core ML's
     chunk_mb: float = 1920  # MiB of one of a graph's data files (ONNX); browsers can't hold 2 GiB in one piece
-    int4_method: str = "rtn"  # how int4 rounds: rtn (with a search for the scale), k-quant (with zero points), gptq (fitted to `calibrate`)
+    int4_method: str | None = (
+        None  # rtn (with a search for the scale), k-quant (with zero points), gptq (fitted to `calibrate`); None: gptq if that is given, else rtn
+    )
     calibrate: Path | None = None  # questions, answers not needed
     max_bytes: int | None = None  # auto: of the whole bundle
     max_kl: float | None = None  # auto: mean divergence of the answers from the student's, in nats a token
-    accuracy_level: int = 0  # MatMulNBits: 0 lets ONNX Runtime choose, 1 computes in fp32, 4 in int8, faster, and it can flip the argmax
+    accuracy_level: int = 4  # MatMulNBits: 0 to 3 compute in fp32, 4 in int8
 
 
 def export(config: ExportConfig) -> Manifest:
@@ -72,7 +74,7 @@ def _check_precision(config: ExportConfig) -> None:
         raise MastersError("precision auto needs one budget; expected either --max-bytes N or --max-kl X, at least 0")
     if limits and not automatic:
         raise MastersError(f"a budget was given with precision {config.precision}, which leaves nothing to choose; pass --precision auto")
-    if (automatic or config.int4_method != "rtn") and config.target != "onnx":
+    if (automatic or config.int4_method not in (None, "rtn")) and config.target != "onnx":
         raise MastersError("only ONNX bundles are made with precision auto or another int4 method than rtn; pass --target onnx")
     if automatic and config.calibrate is None and config.data is None:
         raise MastersError("precision auto measures on questions; pass --calibrate FILE, or --data FILE")

@@ -1,7 +1,8 @@
 """`--precision auto`: what each weight is stored as, under a budget of bytes or of divergence, from what each was measured to cost.
 
 All weights start as float16; then the one change that costs least divergence for the bytes it saves is made, and the next, down to int4 everywhere.
-These changes are a path, and a budget is a place on it.
+These changes are a path, and a budget is a place on it. What weights cost alone adds up only roughly, so there are several paths, one of which ends at int8
+everywhere and one at int4 with fine blocks; where they reach the budget, each is measured with all its weights so stored at once, and the best is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .parity import forced_logits
 from .precision import Precision, Storage, coarsest
 from .products import Product, all_products, stored_as
 from .reference import Reference
-from .sensitivity import HALF, Choice, measure_sensitivity
+from .sensitivity import FINE, HALF, Choice, measure_sensitivity
 from .source import Source
 
 
@@ -61,11 +62,15 @@ class Search:
         return next((place for place, size in enumerate(self.bytes) if size <= limit), None)
 
 
-def search(source: Source, questions: Sequence[Asked], int4: Storage) -> Search:
-    """Measure every weight of the model, and order the changes; `int4` is what int4 is to be like, but for its blocks."""
-    products = all_products(source.model, source.family)
-    choices = measure_sensitivity(source, products, questions, int4)
-    return Search(tuple(choices), order_changes(choices))
+def search(source: Source, questions: Sequence[Asked], int4: Storage) -> list[Search]:
+    """Measure every weight of the model, and order the changes; `int4` is what int4 is to be like, but for its blocks.
+
+    The first path makes all changes there are, the others leave out coarse blocks, and int4.
+    """
+    choices = measure_sensitivity(source, all_products(source.model, source.family), questions, int4)
+    fine = [choice for choice in choices if choice.storage.word != "int4" or choice.storage.block_size == FINE]
+    eight = [choice for choice in choices if choice.storage.word != "int4"]
+    return [Search(tuple(choices), order_changes(ways)) for ways in (choices, fine, eight)]
 
 
 def order_changes(choices: Sequence[Choice]) -> tuple[Choice, ...]:
@@ -80,40 +85,52 @@ def order_changes(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     return tuple(change for _, change in sorted(changes, key=lambda priced: priced[0]))
 
 
-def first_place(found: Search, source: Source, questions: Sequence[Asked], budget: Budget, overhead: int) -> int:
-    """Where to begin: under `max_bytes`, `overhead` of which is not the products', the first place that fits; under `max_kl` the last one that PyTorch,
-    with all products so stored at once, keeps. Raises MastersError for a budget that no place keeps."""
-    if budget.max_bytes is not None:
-        place = found.within(budget.max_bytes - overhead)
-        if place is None:
-            raise MastersError(
-                f"{budget.max_bytes:,} bytes are too few: int4 everywhere takes {found.bytes[-1] + overhead:,}; allow that many, or distil a smaller student"
-            )
-        return place
-    assert budget.max_kl is not None
+def begin(paths: Sequence[Search], source: Source, questions: Sequence[Asked], budget: Budget, overhead: int) -> tuple[Search, int]:
+    """The path and the place on it at which to begin: under `max_bytes`, `overhead` of which is not the products', the one with the least divergence of those
+    that fit; under `max_kl` the smallest of those that keep it. Raises MastersError for a number of bytes that no place keeps."""
+    if budget.max_bytes is None:
+        assert budget.max_kl is not None
+        kept = [(path, _last_within(path, source, questions, budget.max_kl)) for path in paths]
+        return min(kept, key=lambda found: found[0].bytes[found[1]])
+    fitting = [(path, place) for path in paths if (place := path.within(budget.max_bytes - overhead)) is not None]
+    if not fitting:
+        least = min(path.bytes[-1] for path in paths) + overhead
+        raise MastersError(f"{budget.max_bytes:,} bytes are too few: int4 everywhere takes {least:,}; allow that many, or distil a smaller student")
+    return min(fitting, key=lambda found: divergence_of(found[0].plan(found[1]), source, questions)) if len(fitting) > 1 else fitting[0]
+
+
+def divergence_of(plan: Mapping[Product, Storage], source: Source, questions: Sequence[Asked]) -> float:
+    """Of PyTorch with all products stored as planned, at once."""
+    with stored_as(plan):
+        return mean_divergence(source, questions)
+
+
+def _last_within(found: Search, source: Source, questions: Sequence[Asked], max_kl: float) -> int:
+    """The last place that keeps a divergence, or 0."""
     low, high = 0, len(found.changes)
     while low < high:  # low is kept, or 0; what lies above high is not
         middle = (low + high + 1) // 2
-        with stored_as(found.plan(middle)):
-            kept = mean_divergence(source, questions) <= budget.max_kl
+        kept = divergence_of(found.plan(middle), source, questions) <= max_kl
         low, high = (middle, high) if kept else (low, middle - 1)
     return low
 
 
-def next_place(found: Search, place: int, budget: Budget, size: int, measured: float) -> int | None:
-    """None if a bundle of `size` bytes and `measured` divergence keeps the budget, else the place to try next. Raises MastersError if there is none."""
+def next_place(paths: Sequence[Search], found: Search, place: int, budget: Budget, size: int, measured: float) -> tuple[Search, int] | None:
+    """None if a bundle of `size` bytes and `measured` divergence keeps the budget, else the place to try next, on the path `found` if one is left there.
+
+    Raises MastersError if there is none.
+    """
     if budget.max_bytes is not None and size > budget.max_bytes:
-        excess = size - budget.max_bytes
-        following = found.within(found.bytes[place] - excess)
-        if following is None:
-            raise MastersError(
-                f"{budget.max_bytes:,} bytes are too few: int4 everywhere takes {size - found.bytes[place] + found.bytes[-1]:,}; allow that many"
-            )
-        return following
+        overhead = size - found.bytes[place]
+        for path in (found, *paths):
+            if (following := path.within(budget.max_bytes - overhead)) is not None:
+                return path, following
+        least = min(path.bytes[-1] for path in paths) + overhead
+        raise MastersError(f"{budget.max_bytes:,} bytes are too few: int4 everywhere takes {least:,}; allow that many")
     if budget.max_kl is not None and measured > budget.max_kl:
         if place == 0:
             raise MastersError(f"a divergence of {budget.max_kl:g} can't be kept: float16 everywhere has {measured:.3g}; allow more, or export fp32")
-        return place - max(1, place // 16)
+        return found, place - max(1, place // 16)
     return None
 
 

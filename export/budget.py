@@ -27,17 +27,17 @@ def write_within(config: ExportConfig, precision: Precision, folder: Path) -> Ma
     assert data is not None
     questions = ask(source, data)
     method = "rtn" if precision.method == "gptq" else precision.method
-    found = auto.search(source, questions, Storage("int4", method=method, accuracy_level=precision.accuracy_level))
-    place: int | None = auto.first_place(found, source, questions, budget, _overhead(source, found))
-    while place is not None:
-        tried, chosen = place, auto.with_plan(precision, found.plan(place))
+    paths = auto.search(source, questions, Storage("int4", method=method, accuracy_level=precision.accuracy_level))
+    following: tuple[Search, int] | None = auto.begin(paths, source, questions, budget, _overhead(source, paths[0]))
+    while following is not None:
+        found, place = following
         _empty(folder)
-        manifest, vlm = write_whole(source, config, chosen, folder, questions)
+        manifest, vlm = write_whole(source, config, auto.with_plan(precision, found.plan(place)), folder, questions)
         measured = auto.bundle_divergence(vlm, questions)
-        manifest = replace(manifest, checks=[*manifest.checks, auto.report(found, tried, budget, 0, measured, len(questions))])
+        manifest = replace(manifest, checks=[*manifest.checks, auto.report(found, place, budget, 0, measured, len(questions))])
         manifest, size = _with_size(manifest, folder)
-        place = auto.next_place(found, tried, budget, size, measured)
-        if place is not None:
+        following = auto.next_place(paths, found, place, budget, size, measured)
+        if following is not None:
             say(f"{size:,} bytes, KL {measured:.3g}: outside the budget, trying again")
             source = load_source(config.student)  # the proof changed it
     return manifest

@@ -41,7 +41,7 @@ COPIED = (
 
 def write_bundle(config: ExportConfig) -> Manifest:
     """See `masters.export.export`."""
-    precision = parse_precision(config.precision, config.block_size, config.accuracy_level, config.int4_method)
+    precision = _precision(config)
     student, out = config.student.resolve(), config.out.resolve()
     if out == student or out in student.parents:
         raise MastersError(f"the output folder {config.out} holds the model to be exported; choose another output folder")
@@ -59,13 +59,21 @@ def write_bundle(config: ExportConfig) -> Manifest:
     return manifest
 
 
+def _precision(config: ExportConfig) -> Precision:
+    """What `config` asks for; what it leaves open is what docs/precision.md has measured to be best."""
+    onnx = config.target == "onnx"
+    method = config.int4_method or ("gptq" if config.calibrate is not None and onnx else "rtn")
+    block = config.block_size if config.block_size is not None else 64 if onnx else 32
+    return parse_precision(config.precision, block, config.accuracy_level, method)
+
+
 def write_whole(source: Source, config: ExportConfig, precision: Precision, folder: Path, questions: Sequence[Asked] = ()) -> tuple[Manifest, Vlm]:
     """All files of a bundle, proven; its manifest, not yet written, and the bundle as a model. `source` is changed where something is quantised.
 
     GPTQ fits int4 to `questions`, or to those of config.calibrate where none are given.
     """
     calibrated: dict[str, Blocks] = {}
-    if precision.method == "gptq" and config.target == "onnx":
+    if precision.method == "gptq" and "int4" in (precision.vision, precision.decoder):
         calibrated = _fitted(config, precision, questions)
     manifest, written = _write_files(source, config, precision, calibrated, folder)
     graphs = check_graphs(folder, manifest.parts, config.mobile) if config.target == "onnx" else []

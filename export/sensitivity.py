@@ -13,7 +13,7 @@ from .products import Product, stored_as
 from .source import Source
 
 HALF = Storage("fp16")
-BLOCKS = (32, 128)
+FINE, COARSE = 32, (128, 64)  # int4's blocks: one for answers, and for bytes the largest that fills the rows of a weight whole
 Measure = Callable[[Source, Sequence[Asked]], float]
 
 
@@ -60,7 +60,8 @@ def _tried(source: Source, products: Sequence[Product], questions: Sequence[Aske
         found.append(Choice(product, HALF, stored_bytes(product.shape, HALF), 0.0))
         # A row of the embedding is looked up by standard operators, without a zero point.
         method = "rtn" if product.part == "embed" else int4.method
-        for storage in (Storage("int8"), *(replace(int4, block_size=block, method=method) for block in BLOCKS)):
+        coarse = next((block for block in COARSE if product.shape[1] % block == 0), COARSE[-1])
+        for storage in (Storage("int8"), *(replace(int4, block_size=block, method=method) for block in (FINE, coarse))):
             with stored_as({product: storage}):
                 found.append(Choice(product, storage, stored_bytes(product.shape, storage), measure(source, questions)))
     return found

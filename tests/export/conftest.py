@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from int4_weights import with_int4_weights
+from int4_weights import level_of, with_int4_weights
 from qwen_models import build
 from vision_once import reuse_vision
 
@@ -61,7 +61,7 @@ def bundle_of(lively_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         with pytest.MonkeyPatch.context() as patch:
             if precision not in ("fp32", "fp16", "int4"):
                 reuse_vision(patch, exported("fp32"))
-            export(ExportConfig(lively_vlm, "onnx", out, precision))
+            export(ExportConfig(lively_vlm, "onnx", out, precision, accuracy_level=level_of(precision)))
         return out
 
     return exported
@@ -82,7 +82,7 @@ def qwen_bundle(qwen_source: Callable[[str], Source], tmp_path_factory: pytest.T
     @cache
     def exported(family: str, precision: str) -> Path:
         out = folder / f"{family}-{precision}".replace("=", "-").replace(",", "_")
-        export(ExportConfig(qwen_source(family).folder, "onnx", out, precision))
+        export(ExportConfig(qwen_source(family).folder, "onnx", out, precision, accuracy_level=level_of(precision)))
         return out
 
     return exported

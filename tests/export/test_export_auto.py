@@ -15,7 +15,7 @@ from vision_once import reuse_vision
 
 from masters.errors import MastersError
 from masters.export import ExportConfig, auto, export
-from masters.export.auto import Search, order_changes
+from masters.export.auto import Budget, Search, divergence_of, order_changes
 from masters.export.calibration import Asked, ask, forward, mean_divergence, seen_once
 from masters.export.int4 import round_to_nearest
 from masters.export.precision import Storage
@@ -58,6 +58,19 @@ def test_every_place_on_the_path_is_the_best_plan_of_its_size(seed: int) -> None
     assert found.bytes[0] == sum(choice.bytes for choice in choices if choice.storage == HALF)
     assert found.within(found.bytes[-1]) == len(found.changes)
     assert found.within(found.bytes[-1] - 1) is None
+
+
+def test_where_a_path_ends_another_goes_on() -> None:
+    """A bundle turned out larger than its weights and what was known of the rest: a place on the same path that fits, else on one that goes further."""
+    choices = invented(0)
+    whole, short = (Search(tuple(choices), order_changes(ways)) for ways in (choices, [choice for choice in choices if choice.storage.word != "int4"]))
+    budget, size = Budget(max_bytes=short.bytes[1] + 5), short.bytes[0] + 5
+    assert auto.next_place([whole, short], short, 0, budget, short.bytes[1] + 5, 0.0) is None
+    assert auto.next_place([whole, short], short, 0, budget, size, 0.0) == (short, 1)
+    budget = Budget(max_bytes=whole.bytes[-1] + 5)
+    assert auto.next_place([whole, short], short, 0, budget, size, 0.0) == (whole, len(whole.changes))
+    with pytest.raises(MastersError, match=f"int4 everywhere takes {whole.bytes[-1] + 5:,}; allow that many"):
+        auto.next_place([whole, short], short, 0, Budget(max_bytes=10), size, 0.0)
 
 
 @pytest.mark.parametrize(("shape", "storage"), [((48, 100), Storage("int4", 32)), ((48, 100), Storage("int4", 128, "k-quant")), ((7, 33), Storage("int8"))])
@@ -111,13 +124,20 @@ def test_a_layer_with_outliers_is_kept_fine(lively_vlm: Path, questions_file: Pa
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             projection.weight[:, ::32] *= 60
     questions = ask(source, questions_file)
-    found = auto.search(source, questions, Storage("int4"))
+    paths = auto.search(source, questions, Storage("int4"))
+    found = paths[0]
     assert len(found.plan(0)) == len(all_products(source.model, source.family))
     place = found.within(0.36 * found.bytes[0])
     assert place is not None
     words = {str(product): storage.word for product, storage in found.plan(place).items()}
     assert words.pop("decoder layers.1.attention.qkv.weight") in ("fp16", "int8")
     assert sum(word == "int4" for word in words.values()) > 0.6 * len(words)
+    for word in ("int4", "int8"):
+        alike = dict.fromkeys(found.plan(0), Storage(word))
+        limit = sum(stored_bytes(product.shape, storage) for product, storage in alike.items())
+        path, place = auto.begin(paths, source, questions, Budget(max_bytes=limit), 0)
+        assert path.bytes[place] <= limit
+        assert divergence_of(path.plan(place), source, questions) <= divergence_of(alike, source, questions)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_fitted_weights_stand_in_the_file(
             value.const_value = ir.tensor(packed, name=value.name)
         return graph
 
-    config = ExportConfig(lively_vlm, "onnx", tmp_path / "bundle", "int4", int4_method="gptq", calibrate=questions_file)
+    config = ExportConfig(lively_vlm, "onnx", tmp_path / "bundle", "int4", calibrate=questions_file)  # questions are given, so int4 is fitted to them
     if fault:
         monkeypatch.setattr(onnx_target, "quantize_products", faulty)
         with pytest.raises(ParityError, match=r"the stage 'weights' .* decoder layers.1.mlp.up.weight differs .*fitted to data"):

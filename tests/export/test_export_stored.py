@@ -162,10 +162,8 @@ def test_bundles_report_the_loss_apart(precision: str, bundle_of: Callable[[str]
     assert {row["verdict"] for row in close} == {"pass"}
     lost = [row for row in rows if row["stage"] == "prefill" and "stored" not in row["measure"]]
     assert {row["verdict"] for row in lost} == {"reported"}
-    # What is judged is far below what quantisation costs: rounding's edges at int8, the order of sums at int4.
-    assert max(row["difference"] for row in close if row["stage"] == "prefill") < {"int8": 0.2, "int4": 1e-4}[precision] * max(
-        row["difference"] for row in lost
-    )
+    # What is judged is far below what quantisation costs: both round what products are given, and at a rounding's edge one value may fall to either side.
+    assert max(row["difference"] for row in close if row["stage"] == "prefill") < 0.2 * max(row["difference"] for row in lost)
 
 
 @pytest.mark.parametrize(
@@ -207,4 +205,4 @@ def test_the_models_weights_become_the_files(lively_vlm: Path, bundle_of: Callab
     assert change["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(0.012, rel=0.5)
     assert change["model.vision_model.embeddings.patch_embedding.weight"] == change["model.text_model.norm.weight"] == 0
     kept = source.model.get_parameter(down)
-    np.testing.assert_array_equal(kept.numpy(), round_to_nearest(original.model.get_parameter(down).detach().numpy(), 32).weight(kept.shape[1]))
+    np.testing.assert_array_equal(kept.numpy(), round_to_nearest(original.model.get_parameter(down).detach().numpy(), 64).weight(kept.shape[1]))
