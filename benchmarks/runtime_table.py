@@ -10,7 +10,9 @@ NAMES = {"256m": "SmolVLM-256M", "500m": "SmolVLM-500M", "internvl-1b": "InternV
 KINDS = {
     "ours": "masters.runtime",
     "genai": "onnxruntime-genai, our decoder behind our tower",
+    "llama.cpp": "llama.cpp",
     "openvino": "OpenVINO, a loop of its own",
+    "transformers.js": "transformers.js",
     "torch": "PyTorch (transformers)",
 }
 CONTEXTS = (128, 2048)
@@ -42,8 +44,12 @@ class Row:
     date: str = ""
 
     @property
+    def kind(self) -> str:
+        return self.program.partition(":")[0]
+
+    @property
     def ours(self) -> bool:
-        return self.program.startswith("ours")
+        return self.kind == "ours"
 
     def ceiling(self, context: str) -> float:
         """Tokens a second at which memory could deliver what a token reads."""
@@ -63,7 +69,8 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
             found = {name: value for name, value in dataclasses.asdict(row).items() if value or name == "reason"}
             row = dataclasses.replace(before, **found)
         rows[row.shape, row.program] = row
-    return list(rows.values())
+    shapes, kinds = list(NAMES), list(KINDS)
+    return sorted(rows.values(), key=lambda row: (shapes.index(row.shape), kinds.index(row.kind)))
 
 
 def answers_table(rows: list[Row]) -> str:
@@ -143,14 +150,13 @@ def summary_table(rows: list[Row]) -> str:
     """A row a kind of program, its best settings at each shape by the time to the 50th token."""
     shapes = [shape for shape in NAMES if any(row.shape == shape and row.total for row in rows)]
     lines = ["| first / 50th token, s | " + " | ".join(NAMES[shape] for shape in shapes) + " |", "|---|" + "---|" * len(shapes)]
-    kinds = list(dict.fromkeys(row.program.partition(":")[0] for row in rows))
-    for kind in kinds:
+    for kind, name in KINDS.items():
         cells = []
         for shape in shapes:
-            those = [row for row in rows if row.shape == shape and row.program.partition(":")[0] == kind and row.total]
+            those = [row for row in rows if row.shape == shape and row.kind == kind and row.total]
             best = min(those, key=lambda row: row.total / row.ours_total, default=None)
             cells.append(f"{best.first:.2f} / {best.total:.2f}" if best else "–")
-        lines.append(f"| {KINDS.get(kind, kind)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
