@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from masters.errors import MastersError, ModelError
-from masters.export import ExportConfig, export
+from masters.export import ExportConfig, bundle, export
 from masters.export.precision import parse_precision
 from masters.export.source import Source, load_source
 
@@ -145,6 +145,21 @@ def test_precision_words() -> None:
     assert str(parse_precision("int4")) == "vision=int8,decoder=int4,embed=int8"
     assert str(parse_precision("decoder=int4, embed=int8")) == "vision=fp32,decoder=int4,embed=int8"
     assert parse_precision("int8").decoder == "int8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (64, 4, "rtn")),
+        ({"calibrate": Path("questions.jsonl")}, (64, 4, "gptq")),
+        ({"calibrate": Path("questions.jsonl"), "int4_method": "k-quant", "block_size": 32, "accuracy_level": 1}, (32, 1, "k-quant")),
+        ({"target": "coreml", "calibrate": Path("questions.jsonl")}, (32, 4, "rtn")),
+    ],
+)
+def test_what_is_left_open(changes: dict[str, Any], expected: tuple[int, int, str]) -> None:
+    """The defaults that docs/precision.md gives reasons for."""
+    precision = bundle._precision(replace(ExportConfig(Path("student"), "onnx", Path("out"), "int4"), **changes))
+    assert (precision.block_size, precision.accuracy_level, precision.method) == expected
 
 
 def test_an_existing_folder_is_refused_before_anything_runs(lively_vlm: Path, tmp_path: Path) -> None:
