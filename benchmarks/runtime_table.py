@@ -9,6 +9,7 @@ from typing import Any
 NAMES = {"256m": "SmolVLM-256M", "500m": "SmolVLM-500M", "internvl-1b": "InternVL3.5-1B"}
 KINDS = {
     "ours": "masters.runtime",
+    "ours@": "masters.runtime, tower on OpenVINO",
     "genai": "onnxruntime-genai, our decoder behind our tower",
     "llama.cpp": "llama.cpp",
     "openvino": "OpenVINO, a loop of its own",
@@ -45,11 +46,11 @@ class Row:
 
     @property
     def kind(self) -> str:
-        return self.program.partition(":")[0]
+        return self.program.partition(":")[0] + "@" * ("@" in self.program)
 
     @property
     def ours(self) -> bool:
-        return self.kind == "ours"
+        return self.kind.startswith("ours")
 
     def ceiling(self, context: str) -> float:
         """Tokens a second at which memory could deliver what a token reads."""
