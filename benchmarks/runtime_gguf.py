@@ -81,7 +81,7 @@ def _write_text(path: Path, config: dict[str, Any], folder: Path, weights: dict[
     _add_tokenizer(writer, folder)
     counts = {"q": heads, "k": config["num_key_value_heads"]}
     for name, tensor in weights.items():
-        short = re.sub(r"^model\.(text_model|language_model)\.", "", name)
+        short = re.sub(r"^(model\.)?(text_model|language_model\.model)\.", "", name)
         if short != name:
             turned = re.search(r"self_attn\.([qk])_proj", short)
             _add(writer, _renamed(short, TEXT | {"layers": "blk"}), _interleaved(tensor, counts[turned[1]]) if turned and not qwen else tensor, kind)
@@ -123,7 +123,7 @@ def _write_vision(path: Path, config: dict[str, Any], weights: dict[str, np.ndar
     writer.add_vision_projector_scale_factor(round(1 / config["downsample_ratio"]) if intern else config["scale_factor"])
     writer.add_vision_use_gelu(True)
     for name, tensor in weights.items():
-        short = re.sub(r"^model\.(vision_model|vision_tower|multi_modal_projector)\.", "", name)
+        short = re.sub(r"^(model\.)?(vision_model|vision_tower|multi_modal_projector)\.", "", name)
         if short != name:
             names = PROJECTOR if "projector" in name else INTERN_VIT if intern else SIGLIP
             flat = tensor.reshape(tensor.shape[-2:]) if "position" in name else tensor.ravel() if "cls_token" in name else tensor
