@@ -158,9 +158,11 @@ def materialize(recipe: Path, overrides: tuple[str, ...], **options: Any) -> Non
 @_refusing
 def export(**options: Any) -> None:
     """Convert and quantise the model in the folder STUDENT, prove it against PyTorch, and write a bundle."""
+    from .manifest import stored_bytes
+
     module = _needs(".export", "export")
     manifest = module.export(module.ExportConfig(**options))
-    size = sum(entry.bytes for entry in manifest.files.values())
+    size = stored_bytes(manifest.files)
     verdicts = [row["verdict"] for row in manifest.parity]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in sorted(set(verdicts)))
     click.echo(f"{options['out']}: {len(manifest.files)} files, {size / 1e6:.2f} MB, parity {counts}")

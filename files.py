@@ -62,6 +62,17 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def link_file(first: Path, second: Path) -> None:
+    """Let `second` be another name of the equal file `first`; it stays a copy where the file system knows no such links."""
+    part = second.with_name(f".{second.name}.{os.getpid()}.part")
+    with suppress(OSError):
+        try:
+            os.link(first, part)
+            os.replace(part, second)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two paths change names in one step, which Python has no function for; False where this system or file system has none either."""
     exchange = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS

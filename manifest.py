@@ -7,17 +7,18 @@ the golden tensors, the parity measured at export, and the checks measured since
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, DataError
-from .files import read_json, sha256_file, write_json
+from .files import link_file, read_json, sha256_file, write_json
 
 NAME = "masters.json"
 SCHEMA = 1
 TARGETS = ("onnx", "coreml")
+LINKED = 2**20  # bytes from which on equal files are stored once
 PARTS = ("vision_encoder", "embed_tokens", "decoder")
 
 
@@ -101,6 +102,20 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
     """Size and hash of every file below `folder` but the manifest itself, by relative path, sorted."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != NAME)
     return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256_file(p)) for p in found}
+
+
+def link_equal(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Let equal large files of a bundle be one on the disk, where its file system can."""
+    found: dict[str, str] = {}
+    for name, entry in files.items():
+        first = found.setdefault(entry.sha256, name)
+        if first != name and entry.bytes >= LINKED:
+            link_file(folder / first, folder / name)
+
+
+def stored_bytes(files: Mapping[str, FileEntry]) -> int:
+    """What the files take where equal large ones are stored once."""
+    return sum({entry.sha256 if entry.bytes >= LINKED else name: entry.bytes for name, entry in files.items()}.values())
 
 
 def verify_files(folder: Path, manifest: Manifest, but: Collection[str] = ()) -> None:

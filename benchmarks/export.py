@@ -53,6 +53,7 @@ def measure(shape: str, model: Path, target: str, precision: str, out: Path) -> 
     import torch
 
     from masters.export import ExportConfig, export
+    from masters.manifest import stored_bytes
     from masters.runtime.device import this_device
     from masters.runtime.memory import MB, peak_rss_mb
 
@@ -60,7 +61,7 @@ def measure(shape: str, model: Path, target: str, precision: str, out: Path) -> 
     start, worked = time.perf_counter(), time.process_time()
     # Random weights have no answers to protect: what quantisation does to them is printed, not judged.
     manifest = export(ExportConfig(model, target, out, precision, allow_mismatch=True))
-    size = sum(entry.bytes for entry in manifest.files.values())
+    size = stored_bytes(manifest.files)
     verdicts = [row["verdict"] for row in manifest.parity]
     return Cost(
         shape=shape,

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ..manifest import NAME, Manifest, write_manifest
+from ..manifest import NAME, Manifest, stored_bytes, write_manifest
 from ..progress import say
 from . import ExportConfig, auto
 from .auto import Budget, Search
@@ -56,7 +56,7 @@ def _overhead(source: Source, found: Search) -> int:
 
 def _with_size(manifest: Manifest, folder: Path) -> tuple[Manifest, int]:
     """The manifest whose last check names the bundle's bytes, masters.json itself included; its length depends on the number's digits alone."""
-    rest = sum(entry.bytes for entry in manifest.files.values())
+    rest = stored_bytes(manifest.files)
     size = rest
     for _ in range(3):
         manifest = replace(manifest, checks=[*manifest.checks[:-1], manifest.checks[-1] | {"bytes": size}])

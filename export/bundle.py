@@ -27,7 +27,7 @@ from .int4 import Blocks
 from .mobile import check_graphs
 from .parity import check_parity, check_stored, failures, rows_json
 from .precision import AUTO, Precision, parse_precision
-from .products import all_products
+from .products import all_products, is_tied
 from .source import Source, load_source
 from .written import Written
 
@@ -54,7 +54,10 @@ def write_bundle(config: ExportConfig) -> Manifest:
 
             manifest = write_within(config, precision, folder)
         else:
-            manifest = write_whole(load_source(config.student), config, precision, folder)[0]
+            source = load_source(config.student)
+            if config.target == "onnx":  # a Core ML package looks up no int4 rows
+                precision = precision.of_model(is_tied(*source.family.text_parts(source.model)))
+            manifest = write_whole(source, config, precision, folder)[0]
         manifests.write_manifest(folder, manifest)
     return manifest
 
@@ -181,7 +184,7 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     followed = bool(written.products) and target.follows(precision, written.products)
     found, references = check_parity(vlm, source, judge=not followed)
     if followed:
-        files = {"decoder": folder / manifest.parts["decoder"].file, "vision": folder / manifest.parts["vision_encoder"].file}
+        files = {part: folder / manifest.parts[name].file for part, name in (("decoder", "decoder"), ("vision", "vision_encoder"), ("embed", "embed_tokens"))}
         target.store_weights(source, precision, written.products, files)
         found += check_stored(vlm, source, lightest(references), precision)
     parity, notes = [*written.rows, *found], []
@@ -195,12 +198,14 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     checks: list[dict[str, Any]] = []
     if config.data is not None:
         checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop, config.answers))
+    files = manifests.list_files(folder)
+    manifests.link_equal(folder, files)  # last: onnx and onnx-ir refuse weights in a file of several names
     proven = replace(
         manifest,
         golden=GOLDEN if references else None,
         parity=rows_json(parity),
         checks=checks,
         notes=notes,
-        files=manifests.list_files(folder),
+        files=files,
     )
     return proven, vlm

@@ -22,18 +22,21 @@ AXES = 3  # of a position in a picture: time, height, width
 LAST = 2**63 - 1
 
 
-def build_decoder(text_model: Any, lm_head: torch.nn.Linear, half: bool = False, context: int | None = None, injected: int = 0) -> ir.Model:
+def build_decoder(
+    text_model: Any, lm_head: torch.nn.Linear, half: bool = False, context: int | None = None, injected: int = 0, head_by_rows: bool = False
+) -> ir.Model:
     """The graph of a Hugging Face decoder (`text_model`: embed_tokens, layers, norm, rotary_emb) and its head.
 
     Inputs inputs_embeds f32[B,S,D], attention_mask i64[B,T], position_ids i64[B,S] (i64[3,B,S] where the model's positions have three axes),
     past_key_values.{i}.key/.value [B,K,P,h], num_logits_to_keep i64[] (0 keeps all); outputs logits f32[B,kept,V], present.{i}.key/.value [B,K,T,h].
     With `half`, weights, cache and arithmetic are float16. `context` is the most positions (None: the model's own). Padding, where a batch has
     some, stands on the right. The outputs of the first `injected` layers each get a vector of their own added: these stand behind the embedding,
-    inputs_embeds f32[B,S,(1+injected)·D], so that programs which know one row per token carry them along. Raises ModelError for other architectures.
+    inputs_embeds f32[B,S,(1+injected)·D], so that programs which know one row per token carry them along. With `head_by_rows` the head's weight is
+    stored [V,D], as an embedding that is the same matrix has it. Raises ModelError for other architectures.
     """
     check_decoder(text_model.config)
     longest = context or text_model.config.max_position_embeddings
-    return _Decoder(text_model, lm_head, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, longest, injected).build()
+    return _Decoder(text_model, lm_head, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, longest, injected, head_by_rows).build()
 
 
 def check_decoder(config: Any) -> None:
@@ -65,10 +68,10 @@ def product_layers(text_model: Any, lm_head: torch.nn.Linear) -> dict[str, tuple
 class _Decoder:
     """The graph under construction: what every layer needs, computed once."""
 
-    def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int, injected: int) -> None:
+    def __init__(self, text_model: Any, lm_head: torch.nn.Linear, dtype: ir.DataType, context: int, injected: int, head_by_rows: bool) -> None:
         self.text_model, self.lm_head, self.dtype, self.context, self.config = text_model, lm_head, dtype, context, text_model.config
         self.products = product_layers(text_model, lm_head)
-        self.injected = injected
+        self.injected, self.head_by_rows = injected, head_by_rows
         self.axes = hasattr(text_model.rotary_emb, "mrope_section")
         self.author = GraphAuthor("decoder_model_merged")
 
@@ -196,7 +199,7 @@ class _Decoder:
         kept = author.input("num_logits_to_keep", ir.DataType.INT64, ())
         start = op("Reshape", op("Neg", kept), author.constant([1]))
         hidden = op("Slice", normed, start, author.constant([LAST]), author.constant([1]))
-        logits = self._linear(hidden, "lm_head")
+        logits = self._by_rows(hidden, "lm_head") if self.head_by_rows else self._linear(hidden, "lm_head")
         if self.dtype != ir.DataType.FLOAT:
             logits = author.cast(logits, ir.DataType.FLOAT)
         author.output(logits, "logits", ir.DataType.FLOAT, ("batch_size", "num_logits", self.lm_head.out_features))
@@ -208,7 +211,18 @@ class _Decoder:
         layers = self.products[name]
         shape = (layers[0].in_features, sum(layer.out_features for layer in layers))
         weight = self.author.weight(f"{name}.weight", shape, self.dtype, lambda: torch.cat([layer.weight.detach() for layer in layers]).T)
-        product = self.author.op("MatMul", x, weight, name=name)
+        return self._biased(self.author.op("MatMul", x, weight, name=name), name)
+
+    def _by_rows(self, x: ir.Value, name: str) -> Any:
+        """The same of a single layer whose weight stands as the layer has it, [outputs, D]."""
+        op, constant, (layer,) = self.author.op, self.author.constant, self.products[name]
+        weight = self.author.weight(f"{name}.weight", tuple(layer.weight.shape), self.dtype, lambda: layer.weight)
+        product = op("Gemm", op("Reshape", x, constant([-1, layer.in_features])), weight, name=name, transB=1)
+        shape = op("Concat", op("Shape", x, start=0, end=2), constant([layer.out_features]), axis=0)
+        return self._biased(op("Reshape", product, shape), name)
+
+    def _biased(self, product: ir.Value, name: str) -> Any:
+        layers = self.products[name]
         if all(layer.bias is None for layer in layers):
             return product
         bias = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]

@@ -16,9 +16,8 @@ import onnx_ir as ir
 
 from ..files import write_json
 from ..manifest import Part
-from .embedding import build_embedding
+from .embedding import Table, build_embedding
 from .graph import new_initializer
-from .precision import Storage
 
 CONFIG, PROCESSOR = "genai_config.json", "genai_processor.json"  # processor_config.json is another program's
 EMBEDDING, DECODER = "onnx/genai_embedding.onnx", "onnx/genai_decoder.onnx"
@@ -26,14 +25,14 @@ LENGTH = 4096  # it allocates the cache for so many positions before the first t
 
 
 def write_genai(
-    folder: Path, model: Any, family: ModuleType, settings: dict[str, Any], parts: dict[str, Part], graphs: dict[str, ir.Model], rows: Storage, context: int
+    folder: Path, model: Any, family: ModuleType, settings: dict[str, Any], parts: dict[str, Part], graphs: dict[str, ir.Model], table: Table, context: int
 ) -> None:
-    """Write them all below `folder`. `graphs` are the saved ones of `parts`; the decoder's is changed. `rows` is how the embedding is stored, `context` the
+    """Write them all below `folder`. `graphs` are the saved ones of `parts`; the decoder's is changed. `table` holds the embedding's rows, `context` is the
     most positions."""
     text_model, _ = family.text_parts(model)
     width = int(parts["embed_tokens"].outputs[0].shape[-1])
     injected = width // text_model.config.hidden_size - 1
-    embedding = build_embedding(text_model.embed_tokens, rows, injected, model.config.image_token_id)
+    embedding = build_embedding(table, text_model.config.hidden_size, injected, model.config.image_token_id)
     _share_weights(embedding, graphs["embed_tokens"])
     ir.save(embedding, folder / EMBEDDING)
     ir.save(_last_logits(graphs["decoder"]), folder / DECODER)

@@ -5,7 +5,7 @@ Written files depend on the model alone: names are given by the author or number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class GraphAuthor:
     def weight(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], torch.Tensor]) -> ir.Value:
         """A weight that is read (and copied) only while its bytes are written."""
         return self._initializer(name, lazy_tensor(name, shape, dtype, read))
+
+    def tensor(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """A weight that another graph has too."""
+        return self._initializer(name, tensor)
 
     def array(self, name: str, values: np.ndarray) -> ir.Value:
         """A weight whose final values are in memory already."""
@@ -122,21 +126,27 @@ def clean(model: ir.Model) -> ir.Model:
     return model
 
 
-def save_graph(model: ir.Model, path: Path, external_over: int = EXTERNAL_GRAPH_BYTES, chunk_bytes: int = CHUNK_BYTES) -> int:
+def save_graph(model: ir.Model, path: Path, external_over: int = EXTERNAL_GRAPH_BYTES, chunk_bytes: int = CHUNK_BYTES, apart: Sequence[ir.Value] = ()) -> int:
     """Write `model` to `path`, its weights beside it as `<path>_data`, `<path>_data_1` … if they take more than `external_over` or `chunk_bytes`.
 
-    No data file is larger than `chunk_bytes`, but for one that holds a single larger tensor. Returns the number of data files. `model` is consumed: its tensors
-    point into the files afterwards, and none but the one being written is in memory. Raises MastersError for more files than loaders look for.
+    No data file is larger than `chunk_bytes`, but for one that holds a single larger tensor. Where the weights `apart` take more than that themselves, they
+    stand in data files of their own, the last ones, in which a graph with these weights alone would have them. Returns the number of data files. `model`
+    is consumed: its tensors point into the files afterwards, and none but the one being written is in memory. Raises MastersError for more files than
+    loaders look for.
     """
-    tensors = [value for value in model.graph.initializers.values() if _tensor(value).nbytes >= EXTERNAL_TENSOR_BYTES]
-    if sum(_tensor(value).nbytes for value in tensors) <= min(external_over, chunk_bytes):
+    tensors, inside = _external(model.graph.initializers.values()), min(external_over, chunk_bytes)
+    if _bytes(tensors) <= inside:
+        for value in tensors:
+            if isinstance(value.const_value, ir.ExternalTensor):  # of another graph's file
+                value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
         ir.save(model, path)
         return 0
+    last = _external(apart) if _bytes(_external(apart)) > inside else []
     chunk, offset = 0, 0
-    for value in tensors:
+    for value in [*(value for value in tensors if value not in last), *last]:
         tensor = _tensor(value)
         start = -(-offset // PAGE) * PAGE  # ONNX Runtime maps tensors that start on a page
-        if offset and start + tensor.nbytes > chunk_bytes:
+        if offset and (start + tensor.nbytes > chunk_bytes or value in last[:1]):
             chunk, start = chunk + 1, 0
         if chunk >= MOST_CHUNKS:
             raise MastersError(f"{path.name} takes more than {MOST_CHUNKS} data files of {chunk_bytes:,} bytes, no loader looks for more; allow larger ones")
@@ -163,6 +173,14 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
     return TensorSpec(value.name, str(value.dtype.numpy()), shape)
+
+
+def _external(values: Iterable[ir.Value]) -> list[ir.Value]:
+    return [value for value in values if _tensor(value).nbytes >= EXTERNAL_TENSOR_BYTES]
+
+
+def _bytes(values: Iterable[ir.Value]) -> int:
+    return sum(_tensor(value).nbytes for value in values)
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

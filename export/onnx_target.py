@@ -1,7 +1,7 @@
 """The target onnx: three graphs in the layout that transformers.js reads, and the runtime's sessions on them.
 
-Embedding and head are tied in most models, yet stored twice: the layout opens embed_tokens and decoder_model_merged as two files, a
-browser hands each its own data files only, and MatMul wants the transposed matrix.
+Embedding and head are one matrix in most models. The layout opens embed_tokens and decoder_model_merged as two graphs, and a browser hands each the data files
+of its own name only; so where both store the matrix alike, it stands in data files of its own under either name, and equal files are one on the disk.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import onnx_ir as ir
 from ..manifest import Manifest, Part
 from ..runtime.graphs import OnnxParts
 from .decoder import build_decoder
-from .embedding import build_embedding
+from .embedding import build_embedding, float_table, heads_table, heads_values, own_table
 from .genai import write_genai
 from .graph import CHUNK_BYTES, interface, save_graph
 from .int4 import Blocks
-from .precision import Precision
-from .products import EMBED, Product, decoder_products, product_weights, vision_products
-from .quantize import quantize_products
+from .precision import EMBED, HEAD, Precision
+from .products import Product, decoder_products, is_tied, product_weights, vision_products
+from .quantize import Weight, quantize_products
 from .row import Row
 from .source import load_family
 from .stored import follows, store_weights, weight_rows
@@ -52,21 +52,27 @@ def write_parts(
     context = min(text_model.config.max_position_embeddings, MOST_CONTEXT)
     injected = family.injected_layers(model) if hasattr(family, "injected_layers") else 0
     # The decoder first: what can't be exported shows there, before the slower tracing of the tower.
-    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected)
-    embedding = build_embedding(text_model.embed_tokens, precision.storage("embed", EMBED), injected)
+    tied = is_tied(text_model, lm_head) and precision.shares_table()
+    decoder = build_decoder(text_model, lm_head, precision.decoder == "fp16", context, injected, tied)
     (folder / FOLDER).mkdir()
     parts = {}
-    parts["decoder"], rows = _write_quantized(decoder, "decoder", precision, calibrated or {}, folder, chunk_bytes)
+    parts["decoder"], rows = _write_quantized(decoder, "decoder", precision, calibrated or {}, folder, chunk_bytes, tied)
+    embed = text_model.embed_tokens
+    table = heads_table(decoder) if tied else own_table(embed, precision.storage("embed", EMBED))
+    embedding = build_embedding(table, embed.embedding_dim, injected)
     parts["embed_tokens"] = _write(embedding, folder, precision.embed, chunk_bytes)
+    if not tied and _quantises("embed", precision):
+        rows += weight_rows(folder / parts["embed_tokens"].file, "embed", {EMBED: Weight(EMBED, float_table(embed), by_rows=True)}, {})
     vision = build_vision(model, family, precision.vision == "fp16")
     # Their layers are found by values that the graph has only as long as it is float32.
     tower = vision_products(model, text_model, lm_head, vision) if _quantises("vision", precision) else []
     parts["vision_encoder"], found = _write_quantized(vision, "vision", precision, calibrated or {}, folder, chunk_bytes)
     if hasattr(family, "genai_processor"):
         graphs = {"decoder": decoder, "embed_tokens": embedding}
-        write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, precision.storage("embed", EMBED), context)
-    products = (*tower, Product("embed", EMBED, (text_model.embed_tokens,)), *decoder_products(text_model, lm_head))
-    return Written(parts, (*rows, *found), products)
+        write_genai(folder, model, family, family.preprocessing(model, processor), parts, graphs, table, context)
+    # A shared table is the head's, whose rows were compared with the model's.
+    row = Product("decoder", HEAD, (embed,)) if tied else Product("embed", EMBED, (embed,))
+    return Written(parts, (*rows, *found), (*tower, row, *decoder_products(text_model, lm_head)))
 
 
 def load_parts(folder: Path, manifest: Manifest) -> OnnxParts:
@@ -91,21 +97,22 @@ def _quantises(part: str, precision: Precision) -> bool:
 
 
 def _write_quantized(
-    graph: ir.Model, part: str, precision: Precision, calibrated: Mapping[str, Blocks], folder: Path, chunk_bytes: int
+    graph: ir.Model, part: str, precision: Precision, calibrated: Mapping[str, Blocks], folder: Path, chunk_bytes: int, tied: bool = False
 ) -> tuple[Part, list[Row]]:
-    """Quantise the graph in place as `precision` says, write it, and compare what stands in the file with the weights that it had."""
+    """Quantise the graph in place as `precision` says, write it, and compare what stands in the file with the weights that it had. The head's stand in files
+    of their own where the embedding is `tied` to it."""
     word = getattr(precision, part)
     if not _quantises(part, precision):
-        return _write(graph, folder, word, chunk_bytes), []
+        return _write(graph, folder, word, chunk_bytes, tied), []
     originals = product_weights(graph)
     fitted = {name: calibrated[f"{part} {name}"] for name in originals if f"{part} {name}" in calibrated}
     quantize_products(graph, lambda name: precision.storage(part, name), fitted)
-    written = _write(graph, folder, word, chunk_bytes)
+    written = _write(graph, folder, word, chunk_bytes, tied)
     return written, weight_rows(folder / written.file, part, originals, fitted)
 
 
-def _write(graph: ir.Model, folder: Path, word: str, chunk_bytes: int) -> Part:
+def _write(graph: ir.Model, folder: Path, word: str, chunk_bytes: int, head_apart: bool = False) -> Part:
     file = f"{FOLDER}/{graph.graph.name}{SUFFIXES[word]}.onnx"
     inputs, outputs = interface(graph)
-    save_graph(graph, folder / file, chunk_bytes=chunk_bytes)
+    save_graph(graph, folder / file, chunk_bytes=chunk_bytes, apart=heads_values(graph) if head_apart else ())
     return Part(file, word, inputs, outputs)

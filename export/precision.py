@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import MastersError
 
@@ -13,6 +13,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 INT8_SUMS = 4  # the accuracy level at which MatMulNBits may round what it is given; below it, it computes in float32
 INT4_METHODS = ("rtn", "k-quant", "gptq")
+EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,19 @@ class Precision:
     accuracy_level: int = 0
     method: str = "rtn"
     layers: Mapping[str, Storage] = field(default_factory=dict)
+    tied_embed: str | None = None  # what the embedding is stored as instead where the model's head is the same matrix
 
     def __str__(self) -> str:
         return f"vision={self.vision},decoder={self.decoder},embed={self.embed}"
+
+    def of_model(self, tied: bool) -> Precision:
+        """The same for a model whose head is its embedding, or is not."""
+        return replace(self, embed=self.tied_embed) if tied and self.tied_embed else self
+
+    def shares_table(self) -> bool:
+        """Whether head and embedding are stored alike, so that a model in which they are one matrix needs it once."""
+        embed, head = self.storage("embed", EMBED), self.storage("decoder", HEAD)
+        return embed.word == head.word and (embed.word != "int4" or embed.block_size == head.block_size)
 
     def exact(self) -> bool:
         """Whether every part keeps the weights as they are."""
@@ -69,7 +80,8 @@ def parse_precision(text: str, block_size: int = 32, accuracy_level: int = 0, me
     if method not in INT4_METHODS:
         raise MastersError(f"unknown int4 method '{method}'; expected one of {', '.join(INT4_METHODS)}")
     words = _by_part(text) if "=" in text else _whole(text)
-    return Precision(*words, block_size, accuracy_level, method)
+    # A table that is stored for the head anyway costs nothing more.
+    return Precision(*words, block_size, accuracy_level, method, tied_embed="int4" if text == "int4" else None)
 
 
 def _by_part(text: str) -> tuple[str, str, str]:

@@ -21,11 +21,10 @@ from torch import nn
 
 from .activations import Rounding, rounding_of
 from .decoder import product_layers
-from .precision import Storage
-from .quantize import FACTOR, int4_blocks, int8_rows
+from .precision import EMBED, Storage
+from .quantize import FACTOR, Weight, int4_blocks, int8_rows, product_weight
 from .vision import build_vision
 
-EMBED = "embed_tokens.weight"
 LOOKED_UP = 127  # the largest code of a row that nothing multiplies
 KEY = 8  # values of a row that tell it from others
 
@@ -54,10 +53,14 @@ class Product:
         return stored_weight(self.weight(), storage, LOOKED_UP if self.part == "embed" else FACTOR)
 
 
-def product_weights(graph: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """The weights [K, N] that products of a float graph multiply by, by name: what quantisation will replace."""
-    second = [node.inputs[1] for node in graph.graph if node.op_type == "MatMul" and not node.domain]
-    return {value.name: value.const_value for value in second if value and value.name and value.const_value is not None and len(value.const_value.shape) == 2}
+def product_weights(graph: ir.Model) -> dict[str, Weight]:
+    """The weights that products of a float graph multiply by, by name: what quantisation will replace."""
+    return {weight.name: weight for weight in map(product_weight, graph.graph) if weight is not None}
+
+
+def is_tied(text_model: Any, head: nn.Linear) -> bool:
+    """Whether head and embedding are one matrix."""
+    return bool(head.weight is text_model.embed_tokens.weight)
 
 
 def decoder_products(text_model: Any, head: nn.Linear) -> list[Product]:
@@ -71,7 +74,7 @@ def vision_products(model: nn.Module, text_model: nn.Module, head: nn.Linear, gr
     by_row: dict[tuple[int, bytes], list[nn.Linear]] = defaultdict(list)
     for layer in layers:
         by_row[layer.in_features, _key(layer.weight[0].detach().numpy())].append(layer)
-    return [Product("vision", name, _side_by_side(tensor.numpy(), by_row)) for name, tensor in product_weights(graph).items()]
+    return [Product("vision", name, _side_by_side(weight.rows().T, by_row)) for name, weight in product_weights(graph).items()]
 
 
 def all_products(model: Any, family: ModuleType) -> list[Product]:

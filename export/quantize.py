@@ -6,16 +6,36 @@ One weight at a time is held in float32. Convolutions keep their weights: few by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from .graph import MICROSOFT, new_initializer
 from .int4 import METHODS, Blocks, pack_int4, round_to_nearest
-from .precision import Storage
+from .precision import HEAD, Storage
 
 # The largest code of a weight that is multiplied in integers: processors without VNNI add two products 255 · code in 16 bits, which larger ones overflow.
 FACTOR = 64
+ROWS = "_rows"  # ends the name of a weight that is stored [N, K], as an embedding of these rows has it, in place of a product's [K, N]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a product multiplies by: [K, N], or [N, K] where it stands by rows."""
+
+    name: str
+    tensor: ir.TensorProtocol
+    by_rows: bool = False
+
+    @property
+    def columns(self) -> int:
+        return int(self.tensor.shape.numpy()[1 if self.by_rows else 0])
+
+    def rows(self) -> np.ndarray:
+        """[N, K]."""
+        return np.asarray(self.tensor.numpy() if self.by_rows else self.tensor.numpy().T)
 
 
 def int8_rows(weight: np.ndarray, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
@@ -33,68 +53,84 @@ def quantize_products(model: ir.Model, storage: Callable[[str], Storage], calibr
     """Store the weight of every MatMul as `storage(name of the weight)` says, in place; int4 in the blocks of `calibrated` where it has the weight.
 
     fp16: stored so, multiplied in float32. int8: activations uint8 per call, weights int8 per column, at most FACTOR in size; signed, because ONNX Runtime
-    multiplies unsigned weights without the processor's instructions for it, four times slower (docs/speed.md). int4: MatMulNBits.
+    multiplies unsigned weights without the processor's instructions for it, four times slower (docs/speed.md). int4: MatMulNBits. A weight that
+    stands by rows (the head of decoder.py, a Gemm) stays so.
     """
     shared: dict[str, list[ir.Value]] = {}  # an activation that feeds several products is quantised once
     model.graph.opset_imports[MICROSOFT] = 1
     for node in list(model.graph):
-        weight = node.inputs[1] if node.op_type == "MatMul" and not node.domain else None
-        if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2 or node.inputs[0] is None:
+        weight = product_weight(node)
+        if weight is None or node.inputs[0] is None:
             continue
-        name = weight.name or str(node.name)
-        chosen = storage(name)
+        chosen = storage(weight.name)
         match chosen.word:
             case "fp16":
-                new = _half(model, node, weight.const_value.numpy(), name)
+                new = _half(model, node, weight)
             case "int8":
-                new = _int8(model, node, weight.const_value.numpy(), name, shared)
+                new = _int8(model, node, weight, shared)
             case "int4":
-                blocks = (calibrated or {}).get(name) or int4_blocks(np.ascontiguousarray(weight.const_value.numpy().T, dtype=np.float32), chosen)
-                new = _int4(model, node, blocks, name, chosen.accuracy_level)
+                blocks = (calibrated or {}).get(weight.name) or int4_blocks(np.ascontiguousarray(weight.rows(), dtype=np.float32), chosen)
+                new = _int4(model, node, blocks, weight, chosen.accuracy_level)
             case _:
                 continue
+        old = node.inputs[1]
         _put(model, node, new)
-        if weight.name and not weight.uses():
-            del model.graph.initializers[weight.name]
+        if old is not None and old.name and not old.uses():
+            del model.graph.initializers[old.name]
     return model
 
 
-def _half(model: ir.Model, node: ir.Node, weight: np.ndarray, name: str) -> list[ir.Node]:
-    wide = _node("Cast", [_add(model, f"{name}_fp16", weight.astype(np.float16))], f"{name}.wide", to=ir.DataType.FLOAT.value)
-    return [wide, _node("MatMul", [_input(node), wide.outputs[0]], f"{node.name}.half")]
+def product_weight(node: ir.Node) -> Weight | None:
+    """The weight that a product of a float graph multiplies by: any MatMul's, and that of a head by rows. Other Gemms stay as they are, like convolutions."""
+    value = node.inputs[1] if node.op_type in ("MatMul", "Gemm") and not node.domain else None
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2 or (node.op_type == "Gemm" and value.name != HEAD):
+        return None
+    return Weight(value.name or str(node.name), value.const_value, node.op_type == "Gemm")
 
 
-def _int8(model: ir.Model, node: ir.Node, weight: np.ndarray, name: str, shared: dict[str, list[ir.Value]]) -> list[ir.Node]:
-    codes, scales = int8_rows(weight.T, FACTOR)
+def _half(model: ir.Model, node: ir.Node, weight: Weight) -> list[ir.Node]:
+    half = _add(model, f"{weight.name}_fp16{ROWS * weight.by_rows}", weight.tensor.numpy().astype(np.float16))
+    wide = _node("Cast", [half], f"{weight.name}.wide", to=ir.DataType.FLOAT.value)
+    transposed = {"transB": 1} if weight.by_rows else {}
+    return [wide, _node(node.op_type, [_input(node), wide.outputs[0]], f"{node.name}.half", **transposed)]
+
+
+def _int8(model: ir.Model, node: ir.Node, weight: Weight, shared: dict[str, list[ir.Value]]) -> list[ir.Node]:
+    name = weight.name
+    codes, scales = int8_rows(weight.rows(), FACTOR)
     x = _input(node)
     new: list[ir.Node] = []
     if (x.name or "") not in shared:
         new.append(_node("DynamicQuantizeLinear", [x], f"{x.name}.quantized", outputs=3))
         shared[x.name or ""] = list(new[-1].outputs)
     x_codes, x_scale, x_zero = shared[x.name or ""]
-    w_codes, w_scale = _add(model, f"{name}_int8", codes.T), _add(model, f"{name}_scale", scales[:, 0])
+    w_codes, w_scale = _add(model, f"{name}_int8{ROWS * weight.by_rows}", codes if weight.by_rows else codes.T), _add(model, f"{name}_scale", scales[:, 0])
+    if weight.by_rows:  # once, when a session folds constants
+        new.append(_node("Transpose", [w_codes], f"{name}.columns", perm=[1, 0]))
+        w_codes = new[-1].outputs[0]
     product = _node("MatMulInteger", [x_codes, w_codes, x_zero], f"{node.name}.integer")
     wide = _node("Cast", [product.outputs[0]], f"{node.name}.cast", to=ir.DataType.FLOAT.value)
     scale = _node("Mul", [x_scale, w_scale], f"{node.name}.scale")
     return [*new, product, wide, scale, _node("Mul", [wide.outputs[0], scale.outputs[0]], f"{node.name}.scaled")]
 
 
-def _int4(model: ir.Model, node: ir.Node, blocks: Blocks, name: str, accuracy_level: int) -> list[ir.Node]:
-    rows, _, block_size = blocks.codes.shape
+def half_if_exact(scales: np.ndarray) -> np.ndarray:
+    half = scales.astype(np.float16)
+    return half if np.array_equal(half, scales) else scales
+
+
+def _int4(model: ir.Model, node: ir.Node, blocks: Blocks, weight: Weight, accuracy_level: int) -> list[ir.Node]:
+    name, (rows, _, block_size) = weight.name, blocks.codes.shape
     new: list[ir.Node] = []
-    if np.array_equal(blocks.scales.astype(np.float16), blocks.scales):
+    scales = _add(model, f"{name}_scale", half_if_exact(blocks.scales))
+    if scales.dtype == ir.DataType.FLOAT16:
         # Widened once, when a session folds constants: on the CPU MatMulNBits wants scales of the activations' type.
-        half = _add(model, f"{name}_scale", blocks.scales.astype(np.float16))
-        new.append(_node("Cast", [half], f"{name}_scale.wide", to=ir.DataType.FLOAT.value))
+        new.append(_node("Cast", [scales], f"{name}_scale.wide", to=ir.DataType.FLOAT.value))
         scales = new[0].outputs[0]
-    else:
-        scales = _add(model, f"{name}_scale", blocks.scales)
     factors = [_input(node), _add(model, f"{name}_int4", pack_int4(blocks.codes)), scales]
     if blocks.zeros is not None:
         factors.append(_add(model, f"{name}_zero", pack_int4(blocks.zeros)))
-    assert node.inputs[1] is not None
-    assert node.inputs[1].const_value is not None
-    settings = dict(K=node.inputs[1].const_value.shape.numpy()[0], N=rows, bits=4, block_size=block_size)
+    settings = dict(K=weight.columns, N=rows, bits=4, block_size=block_size)
     if accuracy_level:
         settings["accuracy_level"] = accuracy_level
     return [*new, _node("MatMulNBits", factors, node.name or name, domain=MICROSOFT, **settings)]
@@ -113,7 +149,7 @@ def _input(node: ir.Node) -> ir.Value:
     return node.inputs[0]
 
 
-def _node(kind: str, inputs: list[ir.Value], name: str, outputs: int = 1, domain: str = "", **attributes: int) -> ir.Node:
+def _node(kind: str, inputs: list[ir.Value], name: str, outputs: int = 1, domain: str = "", **attributes: Any) -> ir.Node:
     node = ir.node(kind, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name)
     for index, value in enumerate(node.outputs):
         value.name = f"{name}.{index}"

@@ -19,6 +19,7 @@ from .activations import known
 from .int4 import Blocks, unpack_int4
 from .precision import Precision
 from .products import Product, give
+from .quantize import ROWS, Weight
 from .row import Row, judged
 from .source import Source
 
@@ -31,7 +32,7 @@ HALF_EXPONENT = -14  # below 2^this float16 has even steps
 PIECE = 2**22  # weights compared at once
 
 
-def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol], calibrated: Mapping[str, Blocks]) -> list[Row]:
+def weight_rows(file: Path, part: str, originals: Mapping[str, Weight], calibrated: Mapping[str, Blocks]) -> list[Row]:
     """The stored weights of a quantised graph beside the original ones: the worst of each measure, named, and what quantisation lost in all.
 
     Those that were fitted to data (`calibrated`) are not the nearest ones; they must stand in the file as they were fitted.
@@ -42,8 +43,8 @@ def weight_rows(file: Path, part: str, originals: Mapping[str, ir.TensorProtocol
     for name, original in originals.items():
         if not _has(stored, name):
             continue
-        fitted = calibrated[name].weight(original.shape[0]) if name in calibrated else None  # type: ignore[arg-type]
-        for here, blocks, steps, scales in _pieces(stored, name, original.numpy().T):
+        fitted = calibrated[name].weight(original.columns) if name in calibrated else None
+        for here, blocks, steps, scales in _pieces(stored, name, original.rows()):
             kept = steps * scales[..., None]
             for measure, found, tolerance in _measures(stored, name, blocks, kept, scales) if fitted is None else _fitted(fitted[here], kept):
                 worst[measure] = max(worst.get(measure, (-1.0, "", 0.0)), (found, name, tolerance))
@@ -62,8 +63,7 @@ def follows(precision: Precision, products: Sequence[Product]) -> bool:
 
 
 def store_weights(source: Source, precision: Precision, products: Sequence[Product], files: Mapping[str, Path]) -> None:
-    """Change the source's model to what its bundle is: the weights of its products as they stand in the part's file (`files`), the embedding's rounded
-    anew, activations rounded too.
+    """Change the source's model to what its bundle is: the weights of its products as they stand in the part's file (`files`), activations rounded too.
 
     In place, because a second model would double the memory; the original is a load away.
     """
@@ -71,14 +71,12 @@ def store_weights(source: Source, precision: Precision, products: Sequence[Produ
     with torch.no_grad():
         for product in products:
             storage = precision.storage(product.part, product.name)
-            if product.part not in stored:
-                give(product, product.stored(storage), storage)
-            elif _has(stored[product.part], product.name):
+            if _has(stored[product.part], product.name):
                 give(product, _kept(stored[product.part], product.name, product.shape[1]), storage)
 
 
 def _has(stored: Mapping[str, Any], name: str) -> bool:
-    return any(f"{name}_{kind}" in stored for kind in ("int4", "int8", "fp16"))
+    return any(f"{name}_{kind}{order}" in stored for kind in ("int4", "int8", "fp16") for order in ("", ROWS))
 
 
 def _initializers(file: Path) -> dict[str, Any]:
@@ -105,8 +103,7 @@ def _pieces(stored: Mapping[str, Any], name: str, weight: np.ndarray) -> Iterato
 
 def _steps(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
     """Of some rows, how many scales each weight is, float32 [n, blocks, block], and the scales [n, blocks], read as the operators' specifications have it."""
-    if f"{name}_fp16" in stored:
-        half = stored[f"{name}_fp16"].numpy()[:, rows].T.astype(np.float32)
+    if (half := _some(stored, f"{name}_fp16", rows)) is not None:
         return half[:, None], np.ones((len(half), 1), np.float32)
     scales = stored[f"{name}_scale"].numpy().astype(np.float32)
     if f"{name}_int4" in stored:
@@ -115,13 +112,22 @@ def _steps(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarra
         if f"{name}_zero" in stored:
             codes -= unpack_int4(stored[f"{name}_zero"].numpy()[rows], packed.shape[1])[..., None]
         return codes, scales.reshape(-1, packed.shape[1])[rows]
-    return stored[f"{name}_int8"].numpy()[:, rows].T.astype(np.float32)[:, None], scales.reshape(-1, 1)[rows]
+    codes = _some(stored, f"{name}_int8", rows)
+    assert codes is not None
+    return codes[:, None], scales.reshape(-1, 1)[rows]
+
+
+def _some(stored: Mapping[str, Any], name: str, rows: slice) -> np.ndarray | None:
+    """Some rows float32 [n, K] of a tensor that is stored by rows or by columns."""
+    if f"{name}{ROWS}" in stored:
+        return np.asarray(stored[f"{name}{ROWS}"].numpy()[rows].astype(np.float32))
+    return np.asarray(stored[name].numpy()[:, rows].T.astype(np.float32)) if name in stored else None
 
 
 def _measures(stored: Mapping[str, Any], name: str, blocks: np.ndarray, kept: np.ndarray, scales: np.ndarray) -> list[tuple[str, float, float]]:
     if f"{name}_int4" in stored:
         return _int4_measures(blocks, kept)
-    if f"{name}_int8" in stored:
+    if f"{name}_int8" in stored or f"{name}_int8{ROWS}" in stored:
         return _int8_measures(blocks, kept, scales)
     # float16 has ten bits behind the first.
     steps = np.exp2(np.maximum(np.frexp(blocks)[1] - 1, HALF_EXPONENT).astype(np.float32) - 10)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bootstrap import Interval, mean_interval, paired_difference
 from ..errors import DataError, RecipeError
-from ..manifest import NAME
+from ..manifest import NAME, stored_bytes
 from ..progress import bar
 from ..samples import Sample, read_samples
 from ..scoring import score
@@ -189,4 +189,4 @@ def figures(report: CheckReport) -> dict[str, float | None]:
 
 def bundle_bytes(vlm: Vlm) -> int:
     """The size of the bundle's files, the manifest included."""
-    return sum(entry.bytes for entry in vlm.manifest.files.values()) + (vlm.folder / NAME).stat().st_size
+    return stored_bytes(vlm.manifest.files) + (vlm.folder / NAME).stat().st_size

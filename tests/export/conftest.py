@@ -46,7 +46,7 @@ def lively_source(lively_vlm: Path) -> Source:
 
 @pytest.fixture(scope="session")
 def int4_source(lively_source: Source) -> Source:
-    """The same in PyTorch with the weights that 'decoder=int4,embed=int8' stores: what such a bundle must compute exactly."""
+    """The same in PyTorch with the weights that 'decoder=int4,embed=int4' stores: what such a bundle must compute exactly."""
     return with_int4_weights(lively_source)
 
 

@@ -1,4 +1,4 @@
-"""A model in PyTorch with the weights that 'decoder=int4,embed=int8' stores: what such a bundle must compute exactly."""
+"""A model in PyTorch with the weights that 'decoder=int4,embed=int4' stores: what such a bundle must compute exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from masters.export import ExportConfig
 from masters.export.int4 import round_to_nearest
-from masters.export.quantize import int8_rows
 from masters.export.source import Source
 
 EXACT = "decoder=int4,embed=int8"  # the precision whose bundles sum in float32 here: at a rounding's edge tokens could part
@@ -22,13 +21,9 @@ def level_of(precision: str) -> int:
 
 def with_int4_weights(source: Source, block: int = 64) -> Source:
     model = deepcopy(source.model)
-    decoder, tied = source.family.text_parts(model)
+    decoder, head = source.family.text_parts(model)
+    assert head.weight is decoder.embed_tokens.weight
     with torch.no_grad():
-        # A head of its own from here on: the embedding keeps other bits.
-        model.lm_head = head = torch.nn.Linear(tied.in_features, tied.out_features, bias=False)
-        head.weight.copy_(tied.weight)
         for layer in (head, *(module for module in decoder.layers.modules() if isinstance(module, torch.nn.Linear))):
             layer.weight.copy_(torch.from_numpy(round_to_nearest(layer.weight.numpy(), block).weight(layer.in_features)))
-        rows, row_scales = int8_rows(decoder.embed_tokens.weight.numpy())
-        decoder.embed_tokens.weight.copy_(torch.from_numpy(rows * row_scales))
     return replace(source, model=model)

@@ -25,7 +25,7 @@ FILES = {
     "fp32": ("vision_encoder", "embed_tokens", "decoder_model_merged"),
     "fp16": ("vision_encoder_fp16", "embed_tokens_fp16", "decoder_model_merged_fp16"),
     "int8": ("vision_encoder_quantized", "embed_tokens_quantized", "decoder_model_merged_quantized"),
-    "int4": ("vision_encoder_quantized", "embed_tokens_quantized", "decoder_model_merged_q4"),
+    "int4": ("vision_encoder_quantized", "embed_tokens_q4", "decoder_model_merged_q4"),
 }
 Bundles = Callable[[str], Path]
 
@@ -56,7 +56,7 @@ def test_bundle(precision: str, bundle_of: Bundles) -> None:
 
 def test_config_for_transformers_js(bundle_of: Bundles) -> None:
     settings = json.loads((bundle_of("int4") / "config.json").read_text())["transformers.js_config"]
-    assert settings["dtype"] == {"vision_encoder": "q8", "embed_tokens": "q8", "decoder_model_merged": "q4"}
+    assert settings["dtype"] == {"vision_encoder": "q8", "embed_tokens": "q4", "decoder_model_merged": "q4"}
     assert settings["use_external_data_format"] == {}  # all graphs of this size are single files
     assert settings["kv_cache_dtype"]["fp16"] == "float16"
 
@@ -83,7 +83,7 @@ def test_fp32_answers_are_pytorchs(lively_source: Source, bundle_of: Bundles) ->
 
 def test_int4_answers_are_pytorchs_with_the_same_weights(int4_source: Source, bundle_of: Bundles) -> None:
     """What int4 changes is the weights, and nothing else."""
-    vlm, image = load(bundle_of("decoder=int4,embed=int8")), awkward_images()["plain"]
+    vlm, image = load(bundle_of("decoder=int4,embed=int4")), awkward_images()["plain"]
     tokens, _ = greedy(int4_source, encode(int4_source, QUESTIONS[1], [image]), 16)
     assert vlm.answer(QUESTIONS[1], [image], max_tokens=16).token_ids == tuple(tokens)
 

@@ -27,7 +27,7 @@ def bundle(lively_vlm: Path, bundle_of: Bundles, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("mobile") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         reuse_vision(patch, bundle_of("fp32"))
-        export(ExportConfig(lively_vlm, "onnx", out, "decoder=int4,embed=int8", mobile=True))
+        export(ExportConfig(lively_vlm, "onnx", out, "decoder=int4,embed=int4", mobile=True))
     return out
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from masters.export.embedding import build_embedding
+from masters.export.embedding import build_embedding, own_table
 from masters.export.graph import GraphAuthor, save_graph
 from masters.export.int4 import k_quant, pack_int4, round_to_nearest, unpack_int4
 from masters.export.precision import Storage
@@ -164,7 +164,7 @@ def test_int8_graph(tmp_path: Path) -> None:
 def test_embedding(precision: str, allowed: float, bytes_per_weight: float, tmp_path: Path) -> None:
     table = torch.nn.Embedding(300, 96)
     ids: Any = np.array([[0, 299, 7], [5, 5, 1]])
-    (ours,) = run(build_embedding(table, Storage(precision)), tmp_path / "embed.onnx", input_ids=ids)
+    (ours,) = run(build_embedding(own_table(table, Storage(precision)), 96), tmp_path / "embed.onnx", input_ids=ids)
     theirs = table(torch.from_numpy(ids)).detach().numpy()
     assert ours.dtype == np.float32
     assert relative(ours, theirs) <= allowed
@@ -175,5 +175,5 @@ def test_int4_embedding_with_an_unfilled_block(tmp_path: Path) -> None:
     """Rows of 100 in blocks of 32, read by plain operators, are the dequantised ones."""
     table = torch.nn.Embedding(50, 100)
     ids: Any = np.array([[0, 49, 7]])
-    (ours,) = run(build_embedding(table, Storage("int4")), tmp_path / "embed.onnx", input_ids=ids)
+    (ours,) = run(build_embedding(own_table(table, Storage("int4")), 100), tmp_path / "embed.onnx", input_ids=ids)
     assert_array_equal(ours, round_to_nearest(table.weight.detach().numpy(), 32).weight(100)[ids])

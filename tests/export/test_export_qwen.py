@@ -63,7 +63,7 @@ def test_a_chat_goes_on_where_the_picture_ended(family: str, qwen_bundle: Bundle
 def test_int4_answers_are_pytorchs_with_the_same_weights(family: str, qwen_source: Callable[[str], Source], qwen_bundle: Bundles) -> None:
     """What int4 changes is the weights, and nothing else."""
     source = with_int4_weights(qwen_source(family))
-    vlm, image = load(qwen_bundle(family, "decoder=int4,embed=int8")), awkward_images()["plain"]
+    vlm, image = load(qwen_bundle(family, "decoder=int4,embed=int4")), awkward_images()["plain"]
     tokens, _ = greedy(source, encode(source, QUESTIONS[1], [image]), 16)
     assert vlm.answer(QUESTIONS[1], [image], max_tokens=16).token_ids == tuple(tokens)
 

@@ -14,8 +14,8 @@ import torch
 from masters.errors import ParityError
 from masters.export import ExportConfig, activations, export, onnx_target
 from masters.export.int4 import round_to_nearest
-from masters.export.precision import Storage, parse_precision
-from masters.export.products import EMBED, Product, decoder_products, product_weights, vision_products
+from masters.export.precision import EMBED, Storage, parse_precision
+from masters.export.products import Product, decoder_products, product_weights, vision_products
 from masters.export.row import Row
 from masters.export.source import Source, load_source
 from masters.export.stored import follows, store_weights, weight_rows
@@ -192,11 +192,11 @@ def test_a_rounding_that_is_not_known_is_not_followed(lively_source: Source, mon
 def test_the_models_weights_become_the_files(lively_vlm: Path, bundle_of: Callable[[str], Path]) -> None:
     source, original = load_source(lively_vlm), load_source(lively_vlm)
     text_model, head = source.family.text_parts(source.model)
-    graphs = bundle_of("int4") / "onnx"
+    graphs = bundle_of("vision=int8,decoder=int4,embed=int8") / "onnx"
     tower = vision_products(source.model, text_model, head, ir.load(bundle_of("fp32") / "onnx" / "vision_encoder.onnx"))
     products = [*tower, Product("embed", EMBED, (text_model.embed_tokens,)), *decoder_products(text_model, head)]
-    files = {"decoder": graphs / "decoder_model_merged_q4.onnx", "vision": graphs / "vision_encoder_quantized.onnx"}
-    store_weights(source, parse_precision("int4"), products, files)
+    names = {"decoder": "decoder_model_merged_q4", "vision": "vision_encoder_quantized", "embed": "embed_tokens_quantized"}
+    store_weights(source, parse_precision("vision=int8,decoder=int4,embed=int8"), products, {part: graphs / f"{name}.onnx" for part, name in names.items()})
     change = {name: float((weight - original.model.state_dict()[name]).norm() / weight.norm()) for name, weight in source.model.state_dict().items()}
     down, embedding = "model.text_model.layers.0.mlp.down_proj.weight", "model.text_model.embed_tokens.weight"
     assert change[down] == pytest.approx(0.08, rel=0.3)
