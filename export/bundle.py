@@ -198,14 +198,14 @@ def _prove(source: Source, config: ExportConfig, precision: Precision, manifest:
     checks: list[dict[str, Any]] = []
     if config.data is not None:
         checks.append(measure_drop(vlm, load_source(config.student) if followed else source, config.data, config.max_drop, config.answers))
-    files = manifests.list_files(folder)
-    manifests.link_equal(folder, files)  # last: onnx and onnx-ir refuse weights in a file of several names
+    listed = manifests.list_files(folder)
+    manifests.link_equal(folder, listed)  # last: onnx and onnx-ir refuse weights in a file of several names
     proven = replace(
         manifest,
         golden=GOLDEN if references else None,
         parity=rows_json(parity),
         checks=checks,
         notes=notes,
-        files=files,
+        files=listed,
     )
     return proven, vlm

@@ -91,7 +91,7 @@ def product_weight(node: ir.Node) -> Weight | None:
 def _half(model: ir.Model, node: ir.Node, weight: Weight) -> list[ir.Node]:
     half = _add(model, f"{weight.name}_fp16{ROWS * weight.by_rows}", weight.tensor.numpy().astype(np.float16))
     wide = _node("Cast", [half], f"{weight.name}.wide", to=ir.DataType.FLOAT.value)
-    transposed = {"transB": 1} if weight.by_rows else {}
+    transposed: dict[str, Any] = {"transB": 1} if weight.by_rows else {}
     return [wide, _node(node.op_type, [_input(node), wide.outputs[0]], f"{node.name}.half", **transposed)]
 
 

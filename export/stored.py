@@ -112,9 +112,9 @@ def _steps(stored: Mapping[str, Any], name: str, rows: slice) -> tuple[np.ndarra
         if f"{name}_zero" in stored:
             codes -= unpack_int4(stored[f"{name}_zero"].numpy()[rows], packed.shape[1])[..., None]
         return codes, scales.reshape(-1, packed.shape[1])[rows]
-    codes = _some(stored, f"{name}_int8", rows)
-    assert codes is not None
-    return codes[:, None], scales.reshape(-1, 1)[rows]
+    whole = _some(stored, f"{name}_int8", rows)
+    assert whole is not None
+    return whole[:, None], scales.reshape(-1, 1)[rows]
 
 
 def _some(stored: Mapping[str, Any], name: str, rows: slice) -> np.ndarray | None:

@@ -17,6 +17,7 @@ import pytest
 from test_export_transformers_js import HERE, STEPS, javascript_tokens, node_folder
 from vision_once import reuse_vision
 
+from masters import manifest
 from masters.errors import MastersError
 from masters.export import ExportConfig, export
 from masters.export.awkward import awkward_images
@@ -27,33 +28,41 @@ from masters.runtime import load
 
 __all__ = ["node_folder"]  # a fixture
 
-QUESTION = "Which colour is the largest shape?"
-CHUNK_MB = 0.1
-GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+QUESTION = "How many shapes are there?"
+CHUNK_MB = 0.02
+PRECISION = "decoder=int4,embed=int4"
+GRAPHS = ("vision_encoder", "embed_tokens_q4", "decoder_model_merged_q4")
 
 
 @pytest.fixture(scope="module")
 def chunked(lively_vlm: Path, bundle_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of 2.4 MB in data files of 0.1 MiB, laid out as one of 40 GB in files of 1.9 GB is."""
+    """A bundle of 1.8 MB in data files of 0.02 MiB, laid out as one of 160 GB in files of 1.9 GB is."""
     out = tmp_path_factory.mktemp("chunks") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         reuse_vision(patch, bundle_of("fp32"))
-        export(ExportConfig(lively_vlm, "onnx", out, chunk_mb=CHUNK_MB))
+        patch.setattr(manifest, "LINKED", 1)
+        export(ExportConfig(lively_vlm, "onnx", out, PRECISION, chunk_mb=CHUNK_MB))
     return out
 
 
 @pytest.fixture(scope="module")
-def theirs(lively_source: Source) -> tuple[np.ndarray, dict[str, np.ndarray], list[int]]:
+def theirs(int4_source: Source) -> tuple[np.ndarray, dict[str, np.ndarray], list[int]]:
     """Prompt ids, pixels and PyTorch's greedy tokens."""
-    prompt = encode(lively_source, QUESTION, [awkward_images()["plain"]])
+    prompt = encode(int4_source, QUESTION, [awkward_images()["plain"]])
     pixels = {name: tensor.numpy().astype(bool if "mask" in name else tensor.numpy().dtype) for name, tensor in prompt.pixels.items()}
-    tokens, _ = greedy(lively_source, prompt, STEPS)
+    tokens, _ = greedy(int4_source, prompt, STEPS)
     return prompt.ids, pixels, tokens.tolist()
 
 
 def test_every_chunk_is_counted_listed_and_small_enough(chunked: Path) -> None:
     files = {f"{name}.onnx": sorted((chunked / "onnx").glob(f"{name}.onnx_data*")) for name in GRAPHS}
-    assert [len(chunks) > 1 for chunks in files.values()] == [True, False, True]  # the embedding is one tensor
+    assert all(len(chunks) > 1 for chunks in files.values())
+    table, decoder = (
+        chunked / "onnx" / "embed_tokens_q4.onnx_data",
+        sorted((chunked / "onnx").glob("decoder*_data_*"), key=lambda file: int(file.name.split("_")[-1])),
+    )
+    for own, heads in zip((table, table.with_name(f"{table.name}_1")), decoder[-2:], strict=True):  # codes and scales
+        assert own.samefile(heads)
     settings = json.loads((chunked / "config.json").read_text())["transformers.js_config"]
     assert settings["use_external_data_format"] == {name: len(chunks) for name, chunks in files.items()}
     for name, chunks in files.items():
@@ -83,8 +92,8 @@ def test_the_runtime_gives_pytorchs_tokens(chunked: Path, theirs: tuple[Any, Any
 
 def test_a_chunk_that_is_lost_is_named(chunked: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(chunked, tmp_path / "copy"))
-    (copy / "onnx" / "decoder_model_merged.onnx_data_3").unlink()
-    with pytest.raises(MastersError, match=r"decoder_model_merged\.onnx_data_3 is missing"):
+    (copy / "onnx" / "decoder_model_merged_q4.onnx_data_3").unlink()
+    with pytest.raises(MastersError, match=r"decoder_model_merged_q4\.onnx_data_3 is missing"):
         load(copy)
 
 

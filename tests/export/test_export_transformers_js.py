@@ -24,7 +24,7 @@ from masters.runtime.chat import user_message
 HERE = Path(__file__).parent / "transformers_js"
 NODE = 18  # the oldest major version that transformers.js runs on
 STEPS = 24
-QUESTION = "Which colour is the largest shape?"
+QUESTION = "How many shapes are there?"
 
 
 @pytest.fixture(scope="module")
