@@ -23,6 +23,7 @@ from pathlib import Path
 import onnx_ir as ir, torch
 from masters.export import onnx_target
 from masters.export.precision import parse_precision
+from masters.export.products import is_tied
 from masters.export.source import load_source
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ for name, folder, vision, out in json.loads(sys.argv[1]):
         onnx_target.build_vision = (lambda *_: ir.load(vision)) if started else build
         place = Path(out) / name / precision
         place.mkdir(parents=True)
-        onnx_target.write_parts(source.model, source.processor, place, parse_precision(precision).of_model(tied=True))
+        onnx_target.write_parts(source.model, source.processor, place, parse_precision(precision).of_model(is_tied(*source.family.text_parts(source.model))))
 """
 
 
