@@ -52,7 +52,7 @@ TOLERANCES = {
     # Against the model itself, where PyTorch does not follow a bundle's rounding: what healthy exports of small random models show, which nothing compensates.
     # What quantisation costs in answers, --data measures.
     "int8": Tolerance(0.15, 0.02, 0.4),
-    "int4": Tolerance(0.6, 0.02, 0.9),
+    "int4": Tolerance(0.6, 0.15, 0.9),
 }
 # Against PyTorch with the stored weights: at int8 an activation next to a rounding's edge may fall to its other side; at int4 only sums differ.
 STORED = TOLERANCES | {"int8": Tolerance(4e-2, 1e-6, 8e-2), "int4": Tolerance(1e-3, 1e-6, 1e-3)}
