@@ -5,6 +5,8 @@ Written files depend on the model alone: names are given by the author or number
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,27 @@ def lazy_tensor(name: str, shape: Sequence[int], dtype: ir.DataType, read: Calla
         return ir.tensor(read().detach().to(torch.float32).contiguous().numpy().astype(dtype.numpy(), copy=False), name=name)
 
     return ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
+
+
+class Spool:
+    """Where finished weights wait for their graph to be written: a file without a name below `folder`, so that none is held in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  the last tensor that reads it closes it
+
+    def tensor(self, name: str, values: np.ndarray) -> ir.TensorProtocol:
+        if values.nbytes < EXTERNAL_TENSOR_BYTES:
+            return ir.tensor(values, name=name)
+        start = self.file.seek(0, os.SEEK_END)
+        self.file.write(values.reshape(-1).view(np.uint8).data)
+        self.file.flush()
+
+        dtype, shape = values.dtype, values.shape
+
+        def read() -> ir.TensorProtocol:
+            return ir.tensor(np.memmap(self.file, dtype, "r", start, shape), name=name)
+
+        return ir.LazyTensor(read, dtype=ir.DataType.from_numpy(dtype), shape=ir.Shape(shape), name=name, cache=False)
 
 
 def clean(model: ir.Model) -> ir.Model:

@@ -17,7 +17,7 @@ from ..runtime.graphs import OnnxParts
 from .decoder import build_decoder
 from .embedding import build_embedding, float_table, heads_table, heads_values, own_table
 from .genai import write_genai
-from .graph import CHUNK_BYTES, interface, save_graph
+from .graph import CHUNK_BYTES, Spool, interface, save_graph
 from .int4 import Blocks
 from .precision import EMBED, HEAD, Precision
 from .products import Product, decoder_products, is_tied, product_weights, vision_products
@@ -106,7 +106,7 @@ def _write_quantized(
         return _write(graph, folder, word, chunk_bytes, tied), []
     originals = product_weights(graph)
     fitted = {name: calibrated[f"{part} {name}"] for name in originals if f"{part} {name}" in calibrated}
-    quantize_products(graph, lambda name: precision.storage(part, name), fitted)
+    quantize_products(graph, lambda name: precision.storage(part, name), fitted, Spool(folder))
     written = _write(graph, folder, word, chunk_bytes, tied)
     return written, weight_rows(folder / written.file, part, originals, fitted)
 

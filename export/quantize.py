@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .graph import MICROSOFT, new_initializer
+from .graph import MICROSOFT, Spool, new_initializer
 from .int4 import METHODS, Blocks, pack_int4, round_to_nearest
 from .precision import HEAD, Storage
 
@@ -49,8 +49,11 @@ def int4_blocks(weight: np.ndarray, storage: Storage) -> Blocks:
     return METHODS.get(storage.method, round_to_nearest)(weight, storage.block_size)
 
 
-def quantize_products(model: ir.Model, storage: Callable[[str], Storage], calibrated: Mapping[str, Blocks] | None = None) -> ir.Model:
-    """Store the weight of every MatMul as `storage(name of the weight)` says, in place; int4 in the blocks of `calibrated` where it has the weight.
+def quantize_products(
+    model: ir.Model, storage: Callable[[str], Storage], calibrated: Mapping[str, Blocks] | None = None, spool: Spool | None = None
+) -> ir.Model:
+    """Store the weight of every MatMul as `storage(name of the weight)` says, in place; int4 in the blocks of `calibrated` where it has the weight. What is
+    made stays in memory, or goes into `spool` at once.
 
     fp16: stored so, multiplied in float32. int8: activations uint8 per call, weights int8 per column, at most FACTOR in size; signed, because ONNX Runtime
     multiplies unsigned weights without the processor's instructions for it, four times slower (docs/speed.md). int4: MatMulNBits. A weight that
@@ -73,6 +76,8 @@ def quantize_products(model: ir.Model, storage: Callable[[str], Storage], calibr
                 new = _int4(model, node, blocks, weight, chosen.accuracy_level)
             case _:
                 continue
+        for value in {value for made in new for value in made.inputs if spool and value and value.const_value is not None}:
+            value.const_value = spool.tensor(value.name or "", value.const_value.numpy())
         old = node.inputs[1]
         _put(model, node, new)
         if old is not None and old.name and not old.uses():

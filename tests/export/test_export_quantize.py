@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from masters.export.embedding import build_embedding, own_table
-from masters.export.graph import GraphAuthor, save_graph
+from masters.export.graph import GraphAuthor, Spool, save_graph
 from masters.export.int4 import k_quant, pack_int4, round_to_nearest, unpack_int4
 from masters.export.precision import Storage
 from masters.export.quantize import int4_blocks, int8_rows, quantize_products
@@ -177,3 +178,19 @@ def test_int4_embedding_with_an_unfilled_block(tmp_path: Path) -> None:
     ids: Any = np.array([[0, 49, 7]])
     (ours,) = run(build_embedding(own_table(table, Storage("int4")), 100), tmp_path / "embed.onnx", input_ids=ids)
     assert_array_equal(ours, round_to_nearest(table.weight.detach().numpy(), 32).weight(100)[ids])
+
+
+@pytest.mark.parametrize("word", ["fp16", "int8", "int4"])
+def test_finished_weights_wait_outside_of_memory(word: str, tmp_path: Path) -> None:
+    """Of eight products none is held, and what is written is the same."""
+    weight = RNG.standard_normal((256, 512)).astype(np.float32)
+    graph = product(weight, uses=8)
+    tracemalloc.start()
+    quantize_products(graph, stored(word), spool=Spool(tmp_path))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 0.2 * weight.nbytes  # of more than one in all
+    assert not list(tmp_path.iterdir())
+    save_graph(graph, tmp_path / "spooled.onnx")
+    save_graph(quantize_products(product(weight, uses=8), stored(word)), tmp_path / "kept.onnx")
+    assert (tmp_path / "spooled.onnx").read_bytes() == (tmp_path / "kept.onnx").read_bytes()
