@@ -11,7 +11,7 @@ from masters.export import ExportConfig
 from masters.export.int4 import round_to_nearest
 from masters.export.source import Source
 
-EXACT = "decoder=int4,embed=int8"  # the precision whose bundles sum in float32 here: at a rounding's edge tokens could part
+EXACT = "decoder=int4,embed=int4"  # the precision whose bundles sum in float32 here: at a rounding's edge tokens could part
 
 
 def level_of(precision: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 import pytest
+from int4_weights import EXACT, level_of
 from test_export_transformers_js import HERE, STEPS, javascript_tokens, node_folder
 from vision_once import reuse_vision
 
@@ -30,7 +31,6 @@ __all__ = ["node_folder"]  # a fixture
 
 QUESTION = "How many shapes are there?"
 CHUNK_MB = 0.02
-PRECISION = "decoder=int4,embed=int4"
 GRAPHS = ("vision_encoder", "embed_tokens_q4", "decoder_model_merged_q4")
 
 
@@ -41,7 +41,7 @@ def chunked(lively_vlm: Path, bundle_of: Callable[[str], Path], tmp_path_factory
     with pytest.MonkeyPatch.context() as patch:
         reuse_vision(patch, bundle_of("fp32"))
         patch.setattr(manifest, "LINKED", 1)
-        export(ExportConfig(lively_vlm, "onnx", out, PRECISION, chunk_mb=CHUNK_MB))
+        export(ExportConfig(lively_vlm, "onnx", out, EXACT, chunk_mb=CHUNK_MB, accuracy_level=level_of(EXACT)))
     return out
 
 
