@@ -36,7 +36,8 @@ for name, folder, vision, out in json.loads(sys.argv[1]):
         onnx_target.build_vision = (lambda *_: ir.load(vision)) if started else build
         place = Path(out) / name / precision
         place.mkdir(parents=True)
-        onnx_target.write_parts(source.model, source.processor, place, parse_precision(precision, 64, 4).of_model(is_tied(*source.family.text_parts(source.model))))
+        tied = is_tied(*source.family.text_parts(source.model))
+        onnx_target.write_parts(source.model, source.processor, place, parse_precision(precision, 64, 4).of_model(tied))
 """
 
 
