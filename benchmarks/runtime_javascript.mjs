@@ -1,8 +1,7 @@
 // transformers.js on Node as a peer: node runtime_javascript.mjs BUNDLE THREADS, orders and answers are lines of JSON.
-import { readFileSync } from 'node:fs';
-import { basename, dirname, join } from 'node:path';
+import { basename, dirname } from 'node:path';
 import { createInterface } from 'node:readline';
-import { AutoModelForImageTextToText, BaseStreamer, Idefics3Processor, Tensor, env, load_image } from '@huggingface/transformers';
+import { AutoModelForImageTextToText, AutoProcessor, BaseStreamer, Tensor, env, load_image } from '@huggingface/transformers';
 
 const [bundle, threads] = process.argv.slice(2);
 env.allowRemoteModels = false;
@@ -24,8 +23,7 @@ class Clock extends BaseStreamer {
 // No dtype is given: the bundle's own config names its files' precision.
 const session_options = { intraOpNumThreads: Number(threads), interOpNumThreads: 1 };
 const model = await AutoModelForImageTextToText.from_pretrained(basename(bundle), { device: 'cpu', session_options });
-const processor = await Idefics3Processor.from_pretrained(basename(bundle));
-const chat_template = readFileSync(join(bundle, 'chat_template.jinja'), 'utf8'); // it looks for one in tokenizer_config.json
+const processor = await AutoProcessor.from_pretrained(basename(bundle));
 
 async function generate(clock, inputs, tokens) {
     await model.generate({ ...inputs, max_new_tokens: tokens, min_new_tokens: tokens, do_sample: false, streamer: clock });
@@ -35,7 +33,7 @@ async function generate(clock, inputs, tokens) {
 async function answer({ picture, question, tokens }) {
     const clock = new Clock();
     const messages = [{ role: 'user', content: [{ type: 'image' }, { type: 'text', text: question }] }];
-    const text = processor.apply_chat_template(messages, { chat_template, add_generation_prompt: true });
+    const text = processor.apply_chat_template(messages, { add_generation_prompt: true });
     return generate(clock, await processor(text, await load_image(picture)), tokens);
 }
 

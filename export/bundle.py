@@ -138,6 +138,15 @@ def _write_processor(source: Source, folder: Path) -> None:
         write_text(folder / "chat_template.jinja", source.processor.chat_template)
     if not (folder / "generation_config.json").is_file():
         write_json(folder / "generation_config.json", source.model.generation_config.to_diff_dict())
+    # transformers.js looks for both where transformers kept them before: without them it finds neither its processor nor a template.
+    _complete(folder / "preprocessor_config.json", "processor_class", type(source.processor).__name__)
+    _complete(folder / "tokenizer_config.json", "chat_template", source.processor.chat_template)
+
+
+def _complete(file: Path, key: str, value: Any) -> None:
+    settings = read_json(file) if file.is_file() else {}
+    if value is not None and key not in settings:
+        write_json(file, settings | {key: value})
 
 
 def _manifest(source: Source, name: str, target: ModuleType, parts: dict[str, Part]) -> Manifest:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,20 +48,24 @@ def node_folder() -> Path:
     return folder
 
 
-def javascript_tokens(folder: Path, bundle: Path, work: Path, ids: np.ndarray, pixels: dict[str, np.ndarray]) -> list[int]:
-    """What transformers.js generates. It imports its packages from where the script lies, so the script is copied there."""
-    script = work / "generate.mjs"
-    shutil.copyfile(HERE / "generate.mjs", script)
+def run_script(name: str, folder: Path, work: Path, *words: str) -> Any:
+    """What a script says on its last line. It imports its packages from where it lies, so it is copied there."""
+    shutil.copyfile(HERE / name, work / name)
     (work / "node_modules").symlink_to(folder / "node_modules")
+    done = subprocess.run(["node", str(work / name), *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def javascript_tokens(folder: Path, bundle: Path, work: Path, ids: np.ndarray, pixels: dict[str, np.ndarray]) -> list[int]:
+    """What transformers.js generates."""
     tensors = {}
     for name, array in pixels.items():
         (work / name).write_bytes(np.ascontiguousarray(array).tobytes())
         tensors[name] = dict(type=str(array.dtype), dims=array.shape, file=str(work / name))
     request = dict(bundle=str(bundle), input_ids=ids.tolist(), max_new_tokens=STEPS, tensors=tensors)
     (work / "request.json").write_text(json.dumps(request))
-    done = subprocess.run(["node", str(script), str(work / "request.json")], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    answer = run_script("generate.mjs", folder, work, str(work / "request.json"))
     assert answer["files"] == ["decoder_model_merged", "embed_tokens", "vision_encoder"]
     return [int(token) for token in answer["tokens"]]
 
@@ -115,3 +120,18 @@ def test_own_processor_gives_the_same_prompt(bundle_of: Callable[[str], Path], l
     vlm = load(bundle_of("fp32"))
     theirs = encode(lively_source, QUESTION, [image]).ids
     assert vlm.prompt_ids([user_message(QUESTION, 1)], vlm.see([image])[0].grids).tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_its_own_processor_gives_the_same_prompt(
+    family: str, bundle_of: Callable[[str], Path], qwen_bundle: Callable[[str, str], Path], node_folder: Path, tmp_path: Path
+) -> None:
+    """From an image file and a question alone, as a page has them: the class of the processor, the template and the number of image tokens are found."""
+    bundle = bundle_of("fp32") if family == "idefics3" else qwen_bundle(family, "fp32")
+    image = tmp_path / "image.png"
+    image.write_bytes(awkward_images()["plain"])
+    vlm = load(bundle, test=False)
+    [pixels] = vlm.see([image])
+    theirs = run_script("prompt.mjs", node_folder, tmp_path, str(bundle), str(image), QUESTION)
+    assert theirs["ids"] == vlm.prompt_ids([user_message(QUESTION, 1)], pixels.grids).tolist()
+    assert list(theirs["dims"]) == list(pixels.values.shape)
