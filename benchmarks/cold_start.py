@@ -121,7 +121,7 @@ def main() -> None:
 
     from runtime_models import bundle_folder, picture_file
 
-    from masters.manifest import read_manifest
+    from masters.manifest import read_manifest, stored_bytes
     from masters.runtime import load
     from masters.runtime.device import this_device
 
@@ -151,7 +151,7 @@ def main() -> None:
     manifest = read_manifest(bundle)
     geometry = manifest.decoder
     prompt = next(int(row[0].split()[2]) for row in steps[0] if row[0].startswith("prompt of"))
-    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    size = stored_bytes(manifest.files) / 1e6
     cache = (prompt + TOKENS) * 2 * 4 * geometry.layers * geometry.kv_heads * geometry.head_dim / 1e6
     print(f"{this_device()}; {options.threads} threads, medians of {options.runs} runs\n")
     print("| step | s | anonymous, MB | of files, MB | peak, MB |\n|---|---|---|---|---|")

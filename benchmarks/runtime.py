@@ -37,7 +37,7 @@ from runtime_peers import THREADS
 from runtime_table import CONTEXTS, Row, answers_table, decode_table, merged, read_rows, verdicts
 
 from masters.files import read_json, write_json
-from masters.manifest import read_manifest
+from masters.manifest import read_manifest, stored_bytes
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "runtime.json"
@@ -148,7 +148,7 @@ def row_of(process: Process, ours: Process, cold: float, bandwidth: dict[int, fl
             row.bandwidth[str(context)] = bandwidth[context]
     if row.ours and process.answers and not process.decodes:  # whose contexts would count for the peak
         manifest = read_manifest(bundle_folder(process.shape, process.name.partition(":")[2].partition("@")[0]))
-        row.needed = sum(entry.bytes for entry in manifest.files.values()) + process.position * (row.prompt + TOKENS)
+        row.needed = stored_bytes(manifest.files) + process.position * (row.prompt + TOKENS)
     return row
 
 

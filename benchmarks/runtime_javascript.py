@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from runtime_bytes import bytes_read, own_peak
 from runtime_models import bundle_folder
-from runtime_peers import bytes_read, own_peak
 
 SCRIPT = Path(__file__).with_suffix(".mjs")
 

@@ -19,8 +19,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from runtime_bytes import own_peak
 from runtime_models import INTERNVL_SIDE, cache_folder, model_folder
-from runtime_peers import own_peak
 
 from masters.files import read_json, whole_folder
 

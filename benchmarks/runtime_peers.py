@@ -16,10 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from runtime_bytes import bytes_read, own_peak
 from runtime_models import bundle_folder, model_folder
-
-from masters.manifest import read_manifest
 
 THREADS = 2
 Times = list[float]  # seconds from the start to each token
@@ -168,15 +166,6 @@ PEERS: dict[str, Callable[[str, str], Peer]] = {
 }
 
 
-def bytes_read(bundle: Path) -> tuple[int, int]:
-    """What a token reads of a bundle's decoder: all its weights, and keys and values for each position of the cache."""
-    manifest = read_manifest(bundle)
-    decoder, geometry = manifest.parts["decoder"], manifest.decoder
-    weights = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(decoder.file))
-    past = next(spec for spec in decoder.inputs if spec.name.startswith("past_key_values."))
-    return weights, 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * np.dtype(past.dtype).itemsize
-
-
 def _cumulated(first: float, steps: list[float]) -> Times:
     times = [first]
     for step in steps:
@@ -204,13 +193,6 @@ def serve(name: str, shape: str) -> None:
             times = peer.decode(order["context"], order["tokens"])
         known = {name: getattr(peer, name, 0) for name in ("weights", "position")}
         print(json.dumps({"times": times, "peak": getattr(peer, "peak", own_peak)(), "detail": getattr(peer, "detail", {})} | known), flush=True)
-
-
-def own_peak(process: int | str = "self") -> int:
-    """The most memory that a process has held, in bytes; 0 where Linux's /proc is missing."""
-    status = Path(f"/proc/{process}/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 if __name__ == "__main__":

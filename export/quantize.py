@@ -76,8 +76,9 @@ def quantize_products(
                 new = _int4(model, node, blocks, weight, chosen.accuracy_level)
             case _:
                 continue
-        for value in {value for made in new for value in made.inputs if spool and value and value.const_value is not None}:
-            value.const_value = spool.tensor(value.name or "", value.const_value.numpy())
+        for value in dict.fromkeys(value for made in new for value in made.inputs):
+            if spool and value is not None and value.const_value is not None:
+                value.const_value = spool.tensor(value.name or "", value.const_value.numpy())
         old = node.inputs[1]
         _put(model, node, new)
         if old is not None and old.name and not old.uses():
