@@ -94,7 +94,8 @@ class Process:
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         found = self._reply()
-        self.peak, self.detail = found.get("peak", 0), found.get("detail", {})
+        if order["do"] == "answer":  # long contexts have other prompts and other peaks
+            self.peak, self.detail = found.get("peak", 0), found.get("detail", {})
         self.weights, self.position = found.get("weights", 0), found.get("position", 0)
         return [float(second) for second in found.get("times", ())]
 
