@@ -147,7 +147,7 @@ def row_of(process: Process, ours: Process, cold: float, bandwidth: dict[int, fl
         if process.weights:
             row.read[str(context)] = process.weights + process.position * context
             row.bandwidth[str(context)] = bandwidth[context]
-    if row.ours and process.answers and not process.decodes:  # whose contexts would count for the peak
+    if row.ours and process.answers:
         manifest = read_manifest(bundle_folder(process.shape, process.name.partition(":")[2].partition("@")[0]))
         row.needed = stored_bytes(manifest.files) + process.position * (row.prompt + TOKENS)
     return row
