@@ -75,7 +75,7 @@ class Llama:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - as long as the server lives
         self.server = subprocess.Popen([str(part) for part in command], stdout=self.log, stderr=subprocess.STDOUT)
         self.url = f"http://127.0.0.1:{port}"
-        self.detail: dict[str, Any] = {"server": server or "xllamacpp (AVX2)"}
+        self.detail: dict[str, Any] = {"server": Path(server).name if server else "xllamacpp (AVX2)"}
         self._wait()
 
     def __del__(self) -> None:
